@@ -1,43 +1,32 @@
 """Where text comes from, and how it gets onto the disk as tokens.
 
-    python data.py                  a page of every kind of the small world, and its statistics (seconds)
-    python data.py --data stdlib    the first lines and statistics of a file, folder, address or Python's library
+    python data.py                  pages of every kind of the small world and its statistics (1 second)
+    python data.py --data stdlib    the same for a file, a folder, an http(s) address or Python's library
 
-    world | file | folder | address | stdlib  ->  blocks of text  ->  ids, by all cores  ->  out/tokens-<key>-train.bin
+- A document is a text of the small world, a line of a .jsonl file (its field `text`) or a file of a folder.
+  Each starts with <|endoftext|>. The last 10 % of them are held out; of one plain file, of its characters.
+- Text is read in blocks: 2 GB need no more memory than 2 MB. Cutting does not change the tokens, see `cut`.
 
-- A document is a text of the small world, a line of a .jsonl file (its field `text`) or a file of a folder. Each
-  starts with <|endoftext|>, so that a model can tell where one ends (GPT-3, arXiv:2005.14165, section 2.3).
-- The last 10 % of the documents are held out; of one plain file its last 10 % of characters. Nothing is in both.
-- Files are read in blocks of 256 K characters, so 2 GB need no more memory than 2 MB. A block ends after a letter
-  and before a space or newline. There the split patterns of bpe.py end a piece anyway: letters end the piece they
-  are in, and white space belongs to what follows. So the ids are those of the whole text at once.
-- Ids are raw uint16 (uint32 for more than 65,536 tokens), read back as np.memmap: only what is used gets loaded.
-
-Left out: shuffling and deduplicating, formats such as .parquet and .html, encodings other than UTF-8.
+Left out: shuffling, deduplicating, .parquet, .html, encodings but UTF-8. Paper: GPT-3 (arXiv:2005.14165).
 """
 
-import errno
 import gzip
 import hashlib
 import http.client
-import itertools
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
-import sysconfig
-import threading
+import textwrap
 import time
 import urllib.request
 import zlib
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +34,16 @@ from tqdm import tqdm
 
 import chain
 import world
-from chain import UserError, require
 
-TEXT_TYPES = (".txt", ".md", ".py", ".jsonl")  # each also with .gz behind it
-NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test")  # folders that "stdlib" leaves out
-BLOCK = 1 << 18            # characters read at once, and about what a worker encodes at once
-SHORTEST = 20              # bytes: the last tenth must hold one token to read and one to predict
-HELD_OUT_TOKENS = 100_000  # of the endless world; a finite text has its last 10 %
-WORLD_UNIT = 100           # documents of the world that a worker writes and encodes at once
+TYPES = ".txt .md .py .jsonl (or one of these with .gz)"
+TEXT = re.compile(r"\.(txt|md|py|jsonl)(\.gz)?$", re.IGNORECASE)
+JSON_LINES = re.compile(r"\.jsonl(\.gz)?$", re.IGNORECASE)
+NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test")  # folders "stdlib" leaves out
+BLOCK = 1 << 13           # characters read at once
+UNIT = 32                 # blocks, or documents where they are shorter, that a worker encodes at once
+HELD_OUT_DOCUMENTS = 800  # of the endless world, about 100,000 tokens; the same text for every tokenizer
 UP_TO_A_WORD = re.compile(r".*[^\W\d_](?=[ \n])", re.DOTALL)  # greedy: ends at the last place for a cut
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # lone surrogates: `open_text` makes them of bad bytes
 
 
 @dataclass
@@ -64,255 +54,247 @@ class Config:
     seed: int = chain.option(0, "seed of the small world")
 
 
-# ------------------------------------------------------------------------------------------- files
-
-def text_type(name: str) -> str | None:
-    """Return which of TEXT_TYPES a file name ends in, or None.
-
-    >>> text_type("Book.TXT.gz"), text_type("lines.jsonl"), text_type("pack.zip")
-    ('.txt', '.jsonl', None)
-    """
-    return next((kind for kind in TEXT_TYPES if name.lower().removesuffix(".gz").endswith(kind)), None)
-
-
 def open_text(path: Path):
-    """Open a file for reading text, unpacked if it is a .gz. A byte that is not UTF-8 becomes a lone surrogate."""
+    """Open a text file, packed or not. A byte that is not UTF-8 becomes a lone surrogate; "\\r" stays."""
     opener = gzip.open if path.name.lower().endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n")  # "\n": "\r" stays as it is
-
-
-def repair(text: str) -> tuple[str, int]:
-    """Replace every lone surrogate (a bad byte, or one spelled out in JSON) by U+FFFD; return also their number."""
-    return (text, 0) if text.isascii() else re.subn("[\ud800-\udfff]", "\ufffd", text)
+    return opener(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def scan(path: Path, digest) -> tuple[int, int, int]:
-    """Read a whole file into `digest`; return its bytes, characters (.jsonl: documents) and bytes that are not UTF-8.
-
-    Raises UserError if it can't be read as text, so that this is known before anything is tokenized.
-    """
-    is_jsonl, size, count, bad = text_type(path.name) == ".jsonl", 0, 0, 0
+    """Read all into `digest`; return its bytes, characters (.jsonl: documents) and bytes not in UTF-8."""
+    json_lines, size, n, bad = bool(JSON_LINES.search(path.name)), 0, 0, 0
     try:
         with open_text(path) as file:
-            for text in file if is_jsonl else iter(lambda: file.read(BLOCK), ""):
-                require("\0" not in text, f"{path}: a binary file (it holds zero bytes); give plain text in UTF-8")
-                raw = text.encode("utf-8", "surrogateescape")
-                digest.update(raw)
-                size, bad = size + len(raw), bad + repair(text)[1]
-                count += bool(text.strip()) if is_jsonl else len(text)
+            for text in file if json_lines else iter(lambda: file.read(BLOCK), ""):
+                chain.require("\0" not in text, f"{path}: a binary file (it has zero bytes); give text")
+                digest.update(raw := text.encode("utf-8", "surrogateescape"))
+                size, bad = size + len(raw), bad + (0 if text.isascii() else len(NOT_UTF8.findall(text)))
+                n += bool(text.strip()) if json_lines else len(text)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: a broken .gz file ({error}); fetch or pack it again")
-    require(bad <= 0.3 * size, f"{path}: {bad:,} of {size:,} bytes are not UTF-8 text; save it as UTF-8")
-    digest.update(f"{is_jsonl} {size}".encode())  # where a file ends, and how it is read, count as well
-    return size, count, bad
+        raise chain.UserError(f"{path}: a broken .gz file ({error}); fetch or pack it again")
+    chain.require(bad <= size * 0.3, f"{path}: binary or not UTF-8 ({bad} of {size} bytes); save it as UTF-8")
+    digest.update(f"{json_lines} {size}".encode())  # where a file ends, and how it is read, count as well
+    return size, n, bad
 
 
-def text_blocks(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[str]:
-    """Yield characters `start` to `stop` of a (possibly huge) file in blocks that tokenize as the whole would."""
+def characters(path: Path, start: int, stop: int) -> Iterator[str]:
+    """Yield characters `start` to `stop` of a file of any size, piece by piece."""
     with open_text(path) as file:
         for skipped in range(0, start, BLOCK):
             file.read(min(BLOCK, start - skipped))
-        left, text = stop - start, ""
-        while read := file.read(min(BLOCK, left)):
-            text, left = text + repair(read)[0], left - len(read)
-            # Text in which no word ends for 16 blocks is cut where it stands: there one token may differ.
-            if (cut := UP_TO_A_WORD.match(text)) or len(text) >= 16 * BLOCK:
-                end = cut.end() if cut else len(text)
-                yield text[:end]
-                text = text[end:]
-        if text:
-            yield text
+        while text := file.read(min(BLOCK, stop - start)):
+            yield NOT_UTF8.sub("\ufffd", text)
+            start += len(text)
 
 
-def json_texts(path: Path, first: int, last: int) -> Iterator[str]:
-    """Yield documents number `first` to `last` - 1 of a .jsonl file. A UserError names the line that is none."""
+def json_texts(path: Path, first: int, last: int) -> Iterator[list[str]]:
+    """Yield documents `first` to `last` - 1 of a .jsonl file, in pieces. UserError names a bad line."""
     with open_text(path) as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        for number, line in itertools.islice(lines, first, last):
+        for number, line in islice(lines, first, last):
             try:
-                text, _ = repair(json.loads(line.lstrip("\ufeff"))["text"])
-            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-                raise UserError(f'{path}, line {number}: no JSON with a field `text`; write {{"text": "Once ..."}}')
-            yield text
+                text = NOT_UTF8.sub("\ufffd", json.loads(line.lstrip("\ufeff"))["text"])
+            except (ValueError, RecursionError, KeyError, TypeError):
+                raise chain.UserError(f'{path}, line {number}: no JSON like {{"text": "Once upon"}}')
+            yield [text[i:i + BLOCK] for i in range(0, len(text), BLOCK)]
 
 
-def walk(folder: Path, skip: tuple[str, ...] = ()) -> list[Path]:
-    """Return the text files of a folder and its subfolders in a fixed order, without hidden ones."""
-    paths = sorted(path for path in folder.rglob("*") if text_type(path.name) and path.is_file())
-    return [path for path in paths if not any(part[0] == "." or part in skip for part in path.relative_to(folder).parts)]
+def cut(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the same text in blocks that end after a letter, before a space or newline: its tokens stay as is.
+
+    The split patterns of bpe.py cut there anyway: none of their matches holds a letter and white space after it.
+    Only text in which no word ends for 16 pieces is cut where it stands: there one token may differ.
+    >>> list(cut(["It is 3 o'cl", "ock now, ", "12"]))
+    ['It is', " 3 o'clock", ' now, 12']
+    """
+    text = ""
+    for piece in pieces:
+        text += piece
+        if (found := UP_TO_A_WORD.match(text)) or len(text) >= 16 * BLOCK:
+            end = found.end() if found else len(text)
+            yield text[:end]
+            text = text[end:]
+    yield text
 
 
 def download(url: str, cache: Path) -> Path:
-    """Fetch `url` into the folder `cache` once; return the path. What was cut off goes on where it stopped."""
-    name = url.partition("?")[0].rpartition("/")[2]
-    path = Path(cache) / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
-    part = path.with_name(path.name + ".part")
+    """Fetch `url` into `cache`, once; return the path. A download that was cut goes on where it stopped."""
+    path = Path(cache) / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(url.partition('?')[0]).name}"
+    chain.require(TEXT.search(path.name), f"{url}: the address must end in {TYPES}")
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
     done = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "pocket-llm", "Range": f"bytes={done}-"}
+    request = urllib.request.Request(url, headers={"User-Agent": "pocket-llm", "Range": f"bytes={done}-"})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-            # subtle: a server that knows no ranges answers with the whole text; appending it would double the start
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-                done = 0
-            total = done + int(response.headers.get("Content-Length", 0))  # 0 where the server does not tell
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            # subtle: a server that knows no ranges sends the whole text; appending it would double the start
+            done *= reply.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+            total = done + int(reply.headers.get("Content-Length", 0))  # not every server tells
             with open(part, "ab" if done else "wb") as file, tqdm.wrapattr(
-                    response, "read", desc=name, total=total or None, initial=done, disable=None) as stream:
-                shutil.copyfileobj(stream, file)
+                    reply, "read", desc=path.name, total=total or None, initial=done, disable=None) as stream:
+                file.writelines(iter(lambda: stream.read(1 << 16), b""))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
-        if getattr(error, "code", None) == 416:  # nothing follows what we have: it was another version of the text
-            part.unlink(missing_ok=True)
-        raise UserError(f"{url}: {error or type(error).__name__}; check the address and the network, run it again")
-    done = part.stat().st_size
-    require(done and done >= total, f"{url}: cut off at {done:,} of {total:,} bytes; run it again to go on from there")
+        raise chain.UserError(f"{url}: {error or type(error).__name__}; run it again")
+    chain.require(part.stat().st_size >= max(total, 1), f"{url}: cut off before {total} bytes; run it to go on")
     part.replace(path)
     return path
 
 
-# ------------------------------------------------------------------------------------------- sources
-
 class World:
-    """The small world of world.py: endless, so `size` is None."""
-    name, size, replaced = "world", None, 0
-
+    """The small world of world.py: endless, so its `size` is None."""
     def __init__(self, seed: int):
         code = b"".join(path.read_bytes() for path in sorted(Path(world.__file__).parent.glob("world.*")))
-        self.seed, self.identity = seed, f"world {seed} {hashlib.sha256(code).hexdigest()}"
+        self.name, self.size, self.replaced, self.seed = "world", None, 0, seed
+        self.identity = f"world {seed} {hashlib.sha256(code).hexdigest()}"  # other rules make other texts
 
     def documents(self, split: str) -> Iterator[str]:
         """Yield documents of "train" or "held-out" for ever."""
         return world.documents(split, self.seed)
 
     def blocks(self, split: str, start: int) -> Iterator[tuple[bool, str]]:
-        """Yield documents number `start` to `start` + WORLD_UNIT - 1, as `Files.blocks` does."""
-        return ((True, text) for text in itertools.islice(world.documents(split, self.seed, start), WORLD_UNIT))
+        """Yield UNIT documents, number `start` and following, in the form of `Files.blocks`."""
+        return ((True, text) for text in islice(world.documents(split, self.seed, start), UNIT))
 
     def units(self, split: str) -> Iterator[Callable]:
-        """Yield work for `encode`: calls that return blocks. The worker who makes the call writes the documents."""
-        return (partial(self.blocks, split, start) for start in itertools.count(0, WORLD_UNIT))
+        """Yield work for `encode`: calls that return blocks. The worker writes the documents."""
+        starts = count(0, UNIT) if split == "train" else range(0, HELD_OUT_DOCUMENTS, UNIT)
+        return (partial(self.blocks, split, start) for start in starts)
 
 
 class Files:
     """Text in files: one plain file, or documents (the lines of .jsonl files, the files of a folder)."""
-
     def __init__(self, name: str, paths: list[Path]):
         digest = hashlib.sha256()
         found = [(path, *scan(path, digest)) for path in paths]
         self.name, self.identity = name, digest.hexdigest()
         self.size, self.replaced = sum(size for _, size, _, _ in found), sum(bad for *_, bad in found)
-        require(self.size >= SHORTEST, f"{name}: only {self.size} bytes of text; give {SHORTEST} or more, best 1 MB")
-        found = [(path, count, text_type(path.name) == ".jsonl") for path, size, count, _ in found if size]
-        self.one_text = len(found) == 1 and not found[0][2]  # its characters are counted, and split, not documents
-        self.files = [(path, count if is_jsonl or self.one_text else 1, is_jsonl) for path, count, is_jsonl in found]
-        self.n = sum(count for _, count, _ in self.files)
-        require(self.n > 1, f"{name}: holds one document only; it takes another one to hold out")
+        files = [(path, n, bool(JSON_LINES.search(path.name))) for path, size, n, _ in found if size]
+        # What is counted and split: the characters of a lone plain file, otherwise documents.
+        self.files = [(path, n if is_json or len(files) == 1 else 1, is_json) for path, n, is_json in files]
+        self.n = sum(n for _, n, _ in self.files)
+        chain.require(self.size >= 20 and self.n > 1, f"{name}: too short to train on and hold out a tenth: "
+                f"{self.size} bytes, {self.n} lines, files or characters; give more text")
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yield the documents of "train" or "held-out"; a file larger than BLOCK comes as several texts."""
+        return (text for _, text in self.blocks(split))
 
     def blocks(self, split: str) -> Iterator[tuple[bool, str]]:
         """Yield (does a document start here?, text) for the documents of "train" or "held-out"."""
-        cut = int(0.9 * self.n)
-        part = {"train": range(cut), "held-out": range(cut, self.n)}[split]
-        for path, count, is_jsonl in self.files:
-            first, last = max(part.start, 0), min(part.stop, count)  # those of this file
-            part = range(part.start - count, part.stop - count)
-            if first < last and is_jsonl:
-                yield from ((True, text) for text in json_texts(path, first, last))
-            elif first < last:
-                texts = text_blocks(path, first, last) if self.one_text else text_blocks(path)
-                yield from ((i == 0, text) for i, text in enumerate(texts))
-
-    def documents(self, split: str) -> Iterator[str]:
-        """Yield the documents of "train" or "held-out"; one that is larger than BLOCK comes as several texts."""
-        return (text for _, text in self.blocks(split))
+        n_train = int(0.9 * self.n)
+        part = {"train": range(n_train), "held-out": range(n_train, self.n)}[split]
+        for path, n, is_json in self.files:
+            first, last = max(part.start, 0), min(part.stop, n)  # those of this file
+            part = range(part.start - n, part.stop - n)
+            stop = last if n > 1 else sys.maxsize  # a plain file among others is one document
+            texts = json_texts(path, first, last) if is_json else [characters(path, first, stop)]
+            for pieces in texts if first < last else ():
+                yield from ((i == 0, block) for i, block in enumerate(cut(pieces)))
 
     def units(self, split: str) -> Iterator[Callable]:
-        """Yield work for `encode`: calls that return blocks, here about BLOCK characters that were read before."""
+        """Yield work for `encode`: calls that return blocks. Here they have been read by the parent."""
         blocks = self.blocks(split)
-        for block in blocks:
-            unit, room = [block], BLOCK - len(block[1])
-            while room > 0 and (block := next(blocks, None)):
-                unit.append(block)
-                room -= len(block[1])
-            yield partial(list, unit)
+        while unit := list(islice(blocks, UNIT)):
+            yield partial(iter, unit)
 
 
 def open_source(name: str, cache: Path, seed: int = 0) -> World | Files:
-    """Return the text that `name` stands for: "world", "stdlib", a file, a folder or an http(s) address.
-
-    A finite text is read once, so that whatever is wrong with it is a UserError now. Downloads go to `cache`.
-    """
-    types = " ".join(TEXT_TYPES) + " (or one of these and .gz)"
-    is_address, path = name.startswith(("http://", "https://")), Path(name)
+    """Return the text that `name` stands for (see Config). Downloads go to `cache`. UserError if none."""
     if name == "world":
         return World(seed)
-    if name == "stdlib":
-        paths = walk(Path(sysconfig.get_path("stdlib")), NOT_LIBRARY)
-    elif path.is_dir() and name:
-        paths = walk(path)
-        require(paths, f"{name}: a folder without any {types}")
-    else:
-        require(is_address or path.is_file(), f"{name}: no such file or folder; give one, or world, or stdlib")
-        require(text_type(name.partition("?")[0]), f"{name}: unknown type of file; its name must end in {types}")
-        paths = [download(name, cache) if is_address else path]
+    path, skip = (Path(os.__file__).parent, NOT_LIBRARY) if name == "stdlib" else (Path(name), ())
+    if name.startswith(("http://", "https://")):
+        path = download(name, cache)
+    chain.require(name and path.exists(), f"{name!r}: no such file or folder; give one, an address, or world")
+    paths = sorted(file for file in (path.rglob("*") if path.is_dir() else [path])
+                   if TEXT.search(file.name) and file.is_file()
+                   and not any(part[0] == "." or part in skip for part in file.relative_to(path).parts))
+    chain.require(paths, f"{name}: not a text; give a file or a folder of files that end in {TYPES}")
     source = Files(name, paths)
     if source.replaced:
         print(f"{name}: {source.replaced:,} bytes are not UTF-8, each was replaced by U+FFFD")
     return source
 
 
-# ------------------------------------------------------------------------------------------- tokens on disk
-
 @dataclass
 class Tokens:
     """One part of a text, as tokens on disk."""
-    ids: np.memmap  # (n,) uint16 or uint32
+    ids: np.memmap  # (n,) uint16, or uint32 for more than 65,536 tokens: only what is used gets loaded
     n_bytes: int    # of text: bits per token * len(ids) / n_bytes = bits per byte
 
 
-def start_worker(tokenizer, dtype) -> None:
-    """Give a new worker what it needs, once. Ctrl-C is for the parent; if that is killed, the worker ends itself."""
+def start_worker(tokenizer) -> None:
+    """Give a new worker its tokenizer, once for all units. Ctrl-C is left to the parent, who then ends it."""
+    encode.tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    encode.tokenizer, encode.dtype = tokenizer, dtype
 
 
 def encode(unit: Callable) -> tuple[np.ndarray, int]:
-    """In a worker: return the ids of the blocks that `unit()` gives, and how many bytes of text they stand for."""
-    ids, n_bytes, tokenizer = [], 0, encode.tokenizer
-    for starts, text in unit():
-        if starts and "<|endoftext|>" in tokenizer.special:
-            ids.append(tokenizer.special["<|endoftext|>"])
-        ids += tokenizer.encode(text)
+    """In a worker: return the ids of the blocks that `unit()` gives, and how many bytes of text they are."""
+    ids, n_bytes, start = [], 0, encode.tokenizer.special.get("<|endoftext|>")
+    for is_start, text in unit():
+        ids += [start] if is_start and start is not None else []
+        ids += encode.tokenizer.encode(text)
         n_bytes += len(text.encode())
-    return np.array(ids, dtype=encode.dtype), n_bytes
+    return np.array(ids, dtype=np.uint32), n_bytes
 
 
-def encode_all(pool: ProcessPoolExecutor, units: Iterable[Callable], ahead: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield `encode(unit)` for each unit, in order, made by the pool.
+def token_files(source, tokenizer, folder: Path, tokens: int | None = None) -> tuple[Tokens, Tokens]:
+    """Return the training and the held-out part of a text as tokens: files written once, by all cores.
 
-    subtle: a pool's own `map` takes in its whole input at once, and neither 2 GB nor an endless world fit in memory.
+    Their key is a hash of the text, the tokenizer and how many training `tokens` to make of an endless text.
     """
-    waiting = deque()
-    for unit in units:
-        waiting.append(pool.submit(encode, unit))
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-    yield from (future.result() for future in waiting)
-
-
-def write_tokens(source, tokenizer, dtype, limits: dict, paths: dict) -> dict:
-    """Write the token files at `paths`, each up to its limit; return for each how many tokens and bytes of text."""
+    limits = {"train": sys.maxsize if source.size else tokens, "held-out": sys.maxsize}
+    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
+    key = hashlib.sha256(json.dumps([source.identity, tokenizer.to_dict(), limits]).encode()).hexdigest()[:16]
+    paths = {split: Path(folder) / f"tokens-{key}-{split}.bin" for split in limits}
+    sizes_path, sizes = Path(folder) / f"tokens-{key}.json", {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    by_bytes, meta, began = source.size is not None, {}, time.perf_counter()
-    total = source.size if by_bytes else sum(limits.values())
-    with ProcessPoolExecutor(cores, context, start_worker, (tokenizer, dtype)) as pool, tqdm(
-            desc="tokens", total=total, unit="B" if by_bytes else "", unit_scale=True, disable=None) as bar:
-        for split, path in paths.items():
-            def write(file, split=split, n_ids=0, n_bytes=0):
-                for ids, size in encode_all(pool, source.units(split), 2 * cores):
-                    extra = ids[limits[split] - n_ids:] if not by_bytes else ids[:0]
-                    ...
+
+    def write(split, file):
+        units, n, sizes[split] = source.units(split), 0, 0
+        # subtle: a pool's `map` takes in all units at once; neither 2 GB nor an endless world fit in memory
+        waiting = [pool.apply_async(encode, [unit]) for unit in islice(units, 2 * cores)]
+        while waiting and n < limits[split]:
+            ids, size = waiting.pop(0).get(600)  # a unit takes a second, a killed worker for ever
+            waiting += [pool.apply_async(encode, [unit]) for unit in islice(units, 1)]
+            kept = ids[:limits[split] - n].astype(dtype)
+            file.write(kept)
+            bar.update(size)
+            n, sizes[split] = n + len(kept), sizes[split] + size * len(kept) // max(1, len(ids))
+
+    if not all(path.is_file() for path in (*paths.values(), sizes_path)):
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # macOS: unsafe
+        bar = tqdm(desc="tokens", total=source.size, unit="B", unit_scale=True, disable=None)
+        with bar, context.Pool(cores, start_worker, [tokenizer]) as pool:
+            for split, path in paths.items():
+                chain.write_whole(path, partial(write, split))
+        chain.write_whole(sizes_path, lambda file: file.write(json.dumps(sizes).encode()))
+    sizes = json.loads(sizes_path.read_text(encoding="utf-8"))
+    chain.require(min(sizes.values()) > 1, f"{source.name}: too little text, {source.size} bytes; give more")
+    return tuple(Tokens(np.memmap(paths[split], dtype, "r"), sizes[split]) for split in paths)
+
+
+@chain.command
+def main(argv=None) -> dict:
+    """Print pages of a text and its statistics."""
+    config, began = chain.parse(Config, argv, __doc__), time.perf_counter()
+    source = open_source(config.data, Path(config.out), config.seed)
+    texts = list(islice(source.documents("train"), 2000))
+    words = {word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())}
+    metrics = {"documents": len(texts), "bytes": len("".join(texts).encode()), "distinct_words": len(words)}
+    pages = {f"{source.name}, its beginning": texts[0][:1000]}
+    if config.data == "world":
+        metrics["names"] = len({text[a:b] for text in texts for a, b in world.second_mentions(text)})
+        pages = {f"{kind}, {world.MIX.count(kind) / len(world.MIX):.0%} of the documents": "\n\n".join(
+            world.document("train", config.seed, i, kind) for i in range(3)) for kind in world.KINDS}
+    for title, page in pages.items():
+        print(f"--- {title}", *(textwrap.fill(line, 110) for line in page.splitlines()), sep="\n", end="\n\n")
+    chain.report("data.py", config, metrics, time.perf_counter() - began)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,9 @@ import torch
 import chain
 from model import GPTConfig, count_parameters
 
+# The most FLOPs a second that a chip multiplies matrices with, 16 bit, dense, by its maker's data sheet.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12, "T4": 65e12}
+
 
 def derive(config, vocab_size: int):
     """Return `config` with every None filled in, and print each value with its formula."""
@@ -54,9 +57,11 @@ def model_config(c, vocab_size: int) -> GPTConfig:
 
 
 def settle(c) -> None:
-    """Turn "auto" into what pays on this device: compiling and bfloat16 save time only on long runs.
+    """Turn "auto" into what pays on this device, in place.
 
-    subtle: on a CPU bfloat16 pays only inside compiled code, and only where the processor multiplies it faster.
+    Compiling takes half a minute, so only a long run earns it back. On a CPU bfloat16 pays only inside compiled code,
+    and only where the processor multiplies it faster. There the compiler also fuses the plain formula of attention
+    into something faster than torch's kernel, as long as T² is small.
     """
     long = c.device.startswith("cuda") or c.steps * c.batch_size * c.context * c.depth * c.width ** 2 > 2e11
     if c.compile == "auto":
@@ -64,7 +69,9 @@ def settle(c) -> None:
     if c.precision == "auto":
         pays = torch.cuda.is_bf16_supported() if c.device.startswith("cuda") else c.compile == "on" and bfloat16_speed() > 1.3
         c.precision = "bfloat16" if pays else "float32"
-    print(f"{'compile':>14} = {c.compile:<10} {'precision':>9} = {c.precision}")
+    if c.attention == "auto":
+        c.attention = "naive" if c.device == "cpu" and c.compile == "on" and c.context <= 512 else "sdpa"
+    print(f"{'attention':>14} = {c.attention}\n{'compile':>14} = {c.compile:<10} {'precision':>9} = {c.precision}")
 
 
 def can_compile() -> bool:
@@ -87,3 +94,9 @@ def bfloat16_speed() -> float:
             times.append(time.perf_counter() - began)
         seconds.append(min(times))
     return seconds[0] / seconds[1]
+
+
+def peak_flops(device: str) -> float:
+    """Return the FLOPs a second of the GPU's data sheet; infinity where it is not known."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    return next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), float("inf"))

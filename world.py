@@ -1,21 +1,17 @@
 """The small world: an endless invented text, the default that needs no download.
 
-How the world is made, from the bottom up:
-
     words      world.txt holds word lists, sentence frames and the rules of what is true of whom.
-    names      two words each: Amber Hollow, Nora Whitlock, the Brave Heron, the marsh lantern. A hash of the name
-               puts about 10 % of them into the held-out world, so "never seen in training" is literally true.
-    facts      facts(name) follows from the name alone. Every text that tells of Amber Hollow tells the same, so
-               any question about it has an exact answer. A train place has a train mayor, and so on.
-    frames     "{hero} of {town} lost {a thing}.": a slot is filled once and then stays for the whole document.
-               No frame comes twice in a document.
-    documents  document(split, seed, i) depends on nothing else: any worker can make any part of the endless row.
+    names      two words each: Amber Hollow, Nora Whitlock, the Brave Heron, the marsh lantern. By a hash of
+               the name about 10 % of them are held out, so "never seen in training" is literally true.
+    facts      facts(name) follows from the name alone. Every text tells the same of Amber Hollow, so that a
+               question about it has an exact answer. A train place has a train mayor, and so on.
+    frames     "{hero} of {town} lost {a thing}.": a slot is filled once and then stays for the whole
+               document. No frame comes twice in a document.
+    documents  document(split, seed, i) depends on nothing else: workers can share the endless row.
 
-Names, numbers and values come from large open lists on purpose: what can't be guessed must be copied from the text
-above, and copying (induction) is what retrieval and tools will stand on.
+Names, numbers and values come from large open lists on purpose: what can't be guessed must be copied from the
+text above, and copying (induction) is what retrieval and tools will stand on.
 
-    >>> document("train", seed=0, i=7) == document("train", seed=0, i=7)
-    True
     >>> facts("Amber Hollow")["kind"], is_held_out("Amber Hollow")
     ('place', False)
 
@@ -26,57 +22,40 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
-from hashlib import blake2b
+from functools import cache, lru_cache, partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 # An entity's kind -> the word lists of its first and of its second word. The second word tells the kind.
-NAMES = {
-    "place": (("place first",), "place second"),
-    "person": (("woman", "man"), "surname"),
-    "ship": (("ship first",), "ship second"),
-    "creature": (("creature first",), "creature second"),
-}
+NAMES = {"place": (("place first",), "place second"), "person": (("woman", "man"), "surname"),
+         "ship": (("ship first",), "ship second"), "creature": (("creature first",), "creature second")}
 PRONOUNS = ({"he": "he", "him": "him", "his": "his"}, {"he": "she", "him": "her", "his": "her"})
 CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")                  # an innermost (this|that)
 SLOT = re.compile(r"\{([aA] )?([\w.]+)\}|<([^<>]+)>")         # {hero}, {a thing}, <section>
 
 
-# --- words, names and facts ------------------------------------------------------------------------------------
-
-class Lists(NamedTuple):
-    """The content of world.txt."""
-    words: dict[str, list[str]]
-    frames: dict[str, list[str]]
-    facts: dict[str, dict[str, str]]
-    roles: dict[str, str]
-    first: set[str]         # the first words of names
-    kinds: dict[str, str]   # the second words, each with the kind that it tells
-
+# --- words, names and facts ---------------------------------------------------------------------------
 
 @cache
-def lists() -> Lists:
-    """world.txt, read once."""
-    made = Lists({}, {}, {}, {}, set(), {})
+def lists() -> SimpleNamespace:
+    """world.txt, read once: .words and .frames by name, .facts of each kind (and of "roles": of a document).
+
+    .kinds tells the kind of each second word of a name.
+    """
+    made = SimpleNamespace(words={}, frames={}, facts={})
     text = Path(__file__).with_name("world.txt").read_text(encoding="utf-8")
-    for section in re.split(r"^\[", text, flags=re.MULTILINE)[1:]:
-        title, body = section.split("]\n", 1)
-        what, _, name = title.partition(" ")
+    _, *parts = re.split(r"^\[(\w+) ?(.*)\]$", text, flags=re.MULTILINE)
+    for what, name, body in zip(parts[::3], parts[1::3], parts[2::3]):
         lines = [line for line in body.split("\n") if line and line[0] != "#"]
         if what == "words":
             made.words[name] = [word.strip() for word in " ".join(lines).split(",")]
         elif what == "frames":
             made.frames[name] = [line.replace("\\n", "\n") for line in lines]
-        elif what == "facts":
-            made.facts[name] = dict(line.split(": ") for line in lines)
         else:
-            made.roles.update(line.split(": ") for line in lines)
-    for kind, (first, second) in NAMES.items():
-        made.first.update(word for part in first for word in made.words[part])
-        made.kinds.update((word, kind) for word in made.words[second])
-    made.words["any"] = sorted({word for words in made.words.values() for word in words if word.isalpha()})
+            made.facts[name or what] = dict(line.split(": ") for line in lines)
+    made.kinds = {word: kind for kind, (_, second) in NAMES.items() for word in made.words[second]}
+    made.words["word"] = sorted({word for words in made.words.values() for word in words if word.isalpha()})
     return made
 
 
@@ -85,17 +64,13 @@ def is_held_out(name: str) -> bool:
     return zlib.crc32(name.encode()) % 10 == 0
 
 
-def seeded(*key: object) -> random.Random:
-    """A generator that depends on the key alone, the same on every machine and version of Python."""
-    return random.Random(int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big"))
-
-
 def pick(rng: random.Random, items):
-    return items[int(rng.random() * len(items))]   # random() is promised to stay the same, choice() is not
+    """One of the items. Only random() is used of the generator: its numbers are promised never to change."""
+    return items[int(rng.random() * len(items))]
 
 
-def draw(rule: str, held_out: bool, rng: random.Random, taken=()) -> str | int:
-    """A value not taken yet, by a rule of world.txt: an entity of a kind, a word of a list, a number of a range."""
+def draw(held_out: bool, rng: random.Random, rule: str, taken=()) -> str | int:
+    """A value not taken yet, by a rule of world.txt: an entity's name, a word of a list, a number."""
     words, (first, second) = lists().words, NAMES.get(rule, ("", ""))
     while True:
         if second:
@@ -111,61 +86,50 @@ def draw(rule: str, held_out: bool, rng: random.Random, taken=()) -> str | int:
 
 @lru_cache(maxsize=20_000)
 def facts(name: str) -> dict[str, str | int]:
-    """All that is true of an entity, from its name alone; to be read, not changed.
+    """All that is true of an entity, from its name alone; to be read, not changed. KeyError if it is no name.
 
-    Its kind's rules in world.txt, "kind", and of the name "first", "he", "him", "his". KeyError if it is no name.
+    The facts of its kind in world.txt, "kind" itself, and for people "first", "he", "him" and "his".
     """
     first, _, second = name.rpartition(" ")
-    kind = lists().kinds[second]
-    known = {"kind": kind, "first": first} | PRONOUNS[first in lists().words["woman"]]
-    rng, held_out = seeded("facts", name), is_held_out(name)
-    for fact, rule in lists().facts[kind].items():
-        known[fact] = draw(rule, held_out, rng, (name, *known.values()))
+    known = {"kind": lists().kinds[second], "first": first} | PRONOUNS[first in lists().words["woman"]]
+    rng, held_out = random.Random(f"facts of {name}"), is_held_out(name)
+    for fact, rule in lists().facts[known["kind"]].items():
+        known[fact] = draw(held_out, rng, rule, (name, *known.values()))
     return known
 
 
 def second_mentions(text: str) -> list[tuple[int, int]]:
-    """Character spans of the second mention of every capitalised two-word name (people, places, ships) in a text.
+    """Character spans (start, end) of the second mention of every capitalised name: people, places, ships.
 
     >>> text = "Nora Whitlock left Amber Hollow. Nora Whitlock was glad."
     >>> [text[start:end] for start, end in second_mentions(text)]
     ['Nora Whitlock']
     """
-    seen, spans = {}, []
-    for match in re.finditer(r"\b(?=([A-Z][a-z]+) ([A-Z][a-z]+)\b)", text):   # a look-ahead: matches may overlap
-        name = match.groups()
-        if name[0] in lists().first and name[1] in lists().kinds:
-            seen[name] = seen.get(name, 0) + 1
-            if seen[name] == 2:
+    words, kinds, seen, spans = lists().words, lists().kinds, [], []
+    for match in re.finditer(r"\b(?=([A-Z]\w+) ([A-Z]\w+))", text):   # a look-ahead: "Sunday Nora Whitlock"
+        first, second = match.groups()
+        if second in kinds and any(first in words[part] for part in NAMES[kinds[second]][0]):
+            seen.append((first, second))
+            if seen.count((first, second)) == 2:
                 spans.append((match.start(), match.end(2)))
     return spans
 
 
 @cache
 def needed(frame: str) -> frozenset[str]:
-    """The facts of {it} that a frame tells.
-
-    >>> sorted(needed("{it.mayor} and {it.mayor.his} {it.mayor.pet} saw {it}."))
-    ['mayor', 'mayor.pet']
-    """
+    """The facts of {it} that a frame tells: mayor and mayor.pet for "{it.mayor.his} {it.mayor.pet}"."""
     paths = re.findall(r"\{(?:[aA] )?[iI]t\.([\w.]+)", frame)
     return frozenset(re.sub(r"(^|\.)(he|him|his|first)$", "", path) for path in paths) - {""}
 
 
-# --- a page: one document in the making ------------------------------------------------------------------------
+# --- a page: one document in the making ---------------------------------------------------------------
 
 class Page:
-    """One document in the making: its chance, its world, the values of its slots, the frames it has used."""
+    """One document in the making: its chance, what its slots hold, the values and frames that it has used."""
 
     def __init__(self, split: str, rng: random.Random):
-        self.held_out, self.rng = split == "held-out", rng
-        self.values, self.used = {}, set()
-
-    def pick(self, items):
-        return pick(self.rng, items)
-
-    def draw(self, rule: str, taken=()) -> str | int:
-        return draw(rule, self.held_out, self.rng, taken)
+        self.rng, self.pick, self.draw = rng, partial(pick, rng), partial(draw, split == "held-out", rng)
+        self.values, self.taken, self.used = {}, set(), set()
 
     def sample(self, rule: str, n: int) -> list:
         """n different values by a rule."""
@@ -182,22 +146,22 @@ class Page:
         head, *rest = path.split(".")
         if head not in self.values:
             rule = head.rstrip("23456789")   # {thing2} is another thing
-            rule = lists().roles.get(rule, rule)
-            self.values[head] = self.value(rule) if "." in rule else self.draw(rule, self.values.values())
+            rule = lists().facts["roles"].get(rule, rule)
+            self.values[head] = self.value(rule) if "." in rule else self.draw(rule, self.taken)
+            self.taken.add(self.values[head])
         value = self.values[head]
         for fact in rest:
             value = facts(value)[fact]
         return value
 
     def fill(self, frame: str, **values) -> str:
-        """The text of a frame: first the choices, the inner ones first, then the slots and the frames within."""
+        """The text of a frame: first the choices, from the inside out, then the slots."""
         self.values.update(values)
         while (chosen := CHOICE.sub(lambda match: self.pick(match[1].split("|")), frame)) != frame:
             frame = chosen
         return SLOT.sub(self.slot, frame)
 
     def slot(self, match: re.Match) -> str:
-        """The text of one slot."""
         article, path, section = match.groups()
         if section:
             return self.say(section)
@@ -221,8 +185,7 @@ class Page:
 
     def tell(self, name: str, n: int) -> tuple[str, set[str]]:
         """Some n sentences about an entity, and the facts that they tell; none is told twice."""
-        kind = facts(name)["kind"]
-        sentences, told = [], set()
+        kind, sentences, told = facts(name)["kind"], [], set()
         for section in [f"{kind} first"] + [kind] * n:
             if frame := self.fresh(section, lambda frame: not told & needed(frame)):
                 sentences.append(self.fill(frame, it=name))
@@ -230,88 +193,106 @@ class Page:
         return " ".join(sentences), told
 
 
-# --- the kinds of document -------------------------------------------------------------------------------------
+# --- the kinds of document ----------------------------------------------------------------------------
 
 def article(page: Page) -> str:
-    """What is known of one entity, and then some of it again in other words."""
-    kind = page.pick(tuple(NAMES))
-    name = page.draw(kind)
-    text, told = page.tell(name, page.pick((3, 4, 5, 6)))
-    again = [page.fresh(f"{kind} again", lambda frame: needed(frame) <= told) for _ in range(page.pick((1, 2)))]
-    again = " ".join(page.fill(frame) for frame in again if frame)
-    return page.say("article", head=("The " if kind in ("ship", "creature") else "") + name, text=text, again=again)
+    """What is known of an entity and, perhaps, of a second one that it led to."""
+    name, paragraphs = page.draw(page.pick(tuple(NAMES))), []
+    head = ("The " if facts(name)["kind"] in ("ship", "creature") else "") + name
+    for n in page.pick(((5,), (6,), (7,), (3, 3), (4, 3))):
+        kind, (text, told) = facts(name)["kind"], page.tell(name, n)
+        again = page.fresh(f"{kind} again", lambda frame: needed(frame) <= told)
+        paragraphs.append(f"{text} {page.fill(again)}".strip())
+        linked = [fact for fact, rule in lists().facts[kind].items() if fact in told and rule in NAMES]
+        name = facts(name)[page.pick(linked)] if linked else page.draw(kind)
+    return page.say("article", head=head, text="\n".join(paragraphs))
 
 
 def reading(page: Page) -> str:
-    """A text about one or two entities, then questions with their answers; some are not in the text."""
-    kind = page.pick(tuple(NAMES))
-    told, texts = {}, []
-    for name in page.sample(kind, page.pick((1, 1, 2))):
-        text, told[name] = page.tell(name, page.pick((2, 3, 4)))
-        texts.append(text)
-    lines, form = [page.say("reading", text="\n".join(texts))], page.fresh("question form")
-    for _ in range(page.pick((2, 3, 4))):
-        name, known = page.pick(list(told)), page.rng.random() < 0.87
-        if frame := page.fresh(f"{kind} asks", lambda frame: is_known(frame, told[name]) is known):
-            question, answer = frame.split(" => ")
-            answer = answer if known else page.pick(lists().frames["unknown"])
-            lines.append(page.fill(form, question=page.fill(question, it=name), answer=page.fill(answer)))
+    """A text, then questions about it with their answers; some are not in the text."""
+    text, asked = page.pick((facts_asked, facts_asked, scenes_asked))(page)
+    lines, form = [page.say("reading", text=text)], page.fresh("question form")
+    lines += [page.fill(form, question=question, answer=answer) for question, answer in asked]
     return "\n".join(lines)
 
 
-def is_known(frame: str, told: set[str]) -> bool | None:
-    """Whether a text that told these facts answers a question; None if it does so in part: better not asked."""
-    question, answer = map(needed, frame.split(" => "))
-    if question | answer <= told:
-        return True
-    return False if question <= told and not answer & told else None
+def facts_asked(page: Page) -> tuple[str, list[tuple[str, str]]]:
+    """One or two entities of a kind, and questions about them, each about another fact."""
+    kind, told, texts, asked = page.pick(tuple(NAMES)), {}, [], {}
+    for name in page.sample(kind, n := page.pick((1, 1, 2))):
+        text, told[name] = page.tell(name, page.pick((4, 5, 6)) - n)
+        texts.append(text)
+
+    def fits(frame: str) -> bool:
+        """Known: all of it was told. Unknown: nothing of the answer was. Known in part: not asked."""
+        question, answer = map(needed, frame.split(" => "))
+        right = answer <= told[name] if known else not answer & told[name]
+        return right and question <= told[name] and (name, needed(frame)) not in asked
+
+    for _ in range(page.pick((3, 4, 5))):
+        name, known = page.pick(list(told)), page.rng.random() < 0.87
+        if frame := page.fresh(f"{kind} asks", fits):
+            question, answer = page.fill(frame, it=name).split(" => ")
+            asked[name, needed(frame)] = question, answer if known else page.pick(lists().frames["unknown"])
+    return "\n".join(texts), list(asked.values())
+
+
+def scenes_asked(page: Page) -> tuple[str, list[tuple[str, str]]]:
+    """Several people do things, and it is asked who did what. The last scene may be asked of but not told."""
+    said, asked, hidden = [], [], page.rng.random() < 0.3
+    for _ in range(page.pick((3, 4, 5)) + hidden):
+        page.values = {}   # every scene has its own people
+        scene, *pairs = page.say("scene").split(" => ")
+        said.append(scene)
+        asked.append(page.pick(list(zip(pairs[::2], pairs[1::2]))))
+    if hidden:
+        said.pop()
+        asked[-1] = asked[-1][0], page.pick(lists().frames["unknown"])
+    return " ".join(said), page.shuffled(asked)
 
 
 def sums(page: Page) -> str:
     """Small sums in digits and in words, bare and in stories; always right."""
-    lines = []
-    for _ in range(page.pick((3, 4, 5))):
+    lines, words = [], lists().words["number"]
+    for _ in range(page.pick((4, 5, 6))):
         op = page.pick(("plus", "minus", "times", "share"))
-        a, b = page.sample("2-12" if op in ("times", "share") else page.pick(("2-9", "2-50")), 2)
-        x, y, z = {"plus": (a, b, a + b), "minus": (a + b, a, b), "times": (a, b, a * b), "share": (a * b, a, b)}[op]
-        words = (lists().words["number"] + [""] * 50)
-        page.values = dict(x=x, y=y, z=z, xw=words[x], yw=words[y], zw=words[z])   # no people yet: each sum has its own
-        lines.append(page.say(f"sum {op}"))
+        a, b = page.sample("2-10" if op in ("times", "share") else page.pick(("2-9", "2-50")), 2)
+        c = a + b if op in ("plus", "minus") else a * b
+        x, y, z = (a, b, c) if op in ("plus", "times") else (c, a, b)
+        page.values, page.taken = {}, set()   # every sum has its own people
+        lines.append(page.say(f"sum {op}", x=x, y=y, z=z, xw=words[x], yw=words[y], zw=words[z]))
     return "\n".join(lines)
 
 
 def patterns(page: Page) -> str:
-    """A pattern that sets itself and goes on: said again, looked up again, counted on, sorted by label."""
-    form, n = page.pick(("repeat", "repeat", "pairs", "pairs", "count", "label")), page.pick(range(4, 11))
-    listed, mark = lists().words["listed"], page.pick((": ", " - ", " = ", " > ", ", "))
-    if form == "repeat":
-        row = page.pick((", ", "; ", " - ", " / ")).join(map(str, page.sample(page.pick(listed), n)))
-        return page.say("list repeat", row=row)
-    if form == "count":
-        step = page.pick((1, 2, 3, 4, 5, 10, 25, 100, -1, -2, -3, -5))
-        start = page.draw("1-60") + (0 if step > 0 else 60)
-        row = [str(start + step * k) for k in range(n + 4)]
-        return page.say("list count", row=", ".join(row), step=abs(step), start=start, last=row[-1])
-    if form == "pairs":
-        pairs = zip(page.sample(page.pick(listed), n), page.sample(page.pick(listed), n))
-    else:
-        pairs = [(page.draw(label), label) for label in page.sample("label", 3) for _ in range(n // 2 + 1)]
-    rows = page.shuffled([f"{key}{mark}{value}" for key, value in pairs])
-    return page.say(f"list {form}", rows="\n".join(rows), again="\n".join(page.shuffled(rows)))
+    """Lists that set a pattern and go on: said again, looked up again, counted on, sorted by label."""
+    blocks = []
+    for form in page.pick(("repeat pairs", "repeat label", "count pairs", "repeat repeat", "pairs")).split():
+        n, step = page.pick(range(4, 10)), page.pick((1, 2, 3, 5, 10, 25, -1, -2, -3))
+        items, others = (page.sample(page.pick(lists().words["listed"]), n) for _ in range(2))
+        if form == "count":
+            items = [start := page.draw("30-90")] + [start + step * k for k in range(1, n + 4)]
+        elif form == "label":
+            others = page.sample("label", 3) * 4
+            items = [page.draw(label) for label in others]
+        comma, mark = page.pick((", ", "; ", " - ", " / ")), page.pick((": ", " - ", " = ", " > ", ", "))
+        rows = page.shuffled([f"{item}{mark}{other}" for item, other in zip(items, others)])
+        blocks.append(page.say(f"list {form}", row=comma.join(map(str, items)), last=items[-1],
+                               rows="\n".join(rows), again="\n".join(page.shuffled(rows))))
+    return "\n\n".join(blocks)
 
 
-WRITERS = {"story": lambda page: page.say("story"), "talk": lambda page: page.say("talk"), "article": article,
-           "reading": reading, "sums": sums, "lists": patterns}
+WRITERS = {"story": lambda page: page.say("story"), "article": article, "reading": reading,
+           "talk": lambda page: page.say("talk"), "lists": patterns, "sums": sums}
 KINDS = tuple(WRITERS)
-MIX = ("story",) * 6 + ("reading",) * 5 + ("article",) * 3 + ("talk",) * 3 + ("lists",) * 2 + ("sums",)
+MIX = ("story",) * 6 + ("article",) * 3 + ("reading",) * 6 + ("talk",) * 3 + ("lists",) * 2 + ("sums",)
 
 
 def document(split: str, seed: int, i: int, kind: str | None = None) -> str:
-    """Document i of a split ("train" or "held-out"); its kind is one of KINDS, by chance if none is asked for."""
+    """Document i of a split, "train" or "held-out"; of one of the KINDS, by chance if none is asked for."""
     assert split in ("train", "held-out"), f'the split is "train" or "held-out", not {split!r}'
-    page = Page(split, seeded(split, seed, i))
-    mixed = page.pick(MIX)
-    return WRITERS[kind or mixed](page)
+    page = Page(split, random.Random(f"{split} {seed} {i}"))
+    return WRITERS[kind or page.pick(MIX)](page)
 
 
 def documents(split: str, seed: int = 0, start: int = 0) -> Iterator[str]:

@@ -1,0 +1,108 @@
+"""Attention, three times: the formula, the same in tiles with memory linear in T, and torch's fused kernel.
+
+    scores = q kᵀ / √D                     how much each query wants each key; keys of the future are hidden
+    out    = softmax(scores) v             a mean of the values, weighted by that
+
+`flash` never holds all scores. It walks over tiles of keys and keeps, for each query, the largest score m so far and
+the sum l of exp(score - m). When m grows, what was summed is shrunk by exp(m_old - m_new). Backward computes the
+softmax P again from logsumexp = m + log l, and uses that the softmax's gradient is P ∘ (dP - rowsum(dO ∘ O)).
+
+    naive    for reading: memory grows with T²
+    flash    for reading: forward and backward by hand, memory grows with T (slow: Python walks over the tiles)
+    sdpa     for use: `torch.nn.functional.scaled_dot_product_attention`
+
+Left out: dropout on the scores, tiles over queries (they matter to the chip's memory, not to the idea).
+Papers: Vaswani 2017 (attention), Milakov 2018 (the running softmax), Dao 2022 and 2023 (Flash attention 1 and 2).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """Return softmax(q kᵀ / √D) v. q (B, H, T, D), k and v (B, H, S, D) with S ≥ T → (B, H, T, D).
+
+    The T queries are the *last* T of the S positions: query i sees the keys up to i + S - T.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    if causal:
+        scores = scores.masked_fill(~visible(q.shape[-2], k.shape[-2], q.device), -math.inf)
+    return scores.softmax(dim=-1) @ v  # (B, H, T, D)
+
+
+def visible(T: int, S: int, device, keys: slice = slice(None)) -> Tensor:
+    """Return the causal mask (T, keys) of the last T of S positions: True where a query may see a key.
+
+    >>> visible(2, 3, "cpu").int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    return torch.arange(S, device=device)[keys] <= torch.arange(S - T, S, device=device)[:, None]
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """The same by torch's fused kernel. Shapes as in `naive_attention`."""
+    T, S = q.shape[-2], k.shape[-2]
+    # subtle: with fewer queries than keys `is_causal` would line up the first query with the first key
+    mask = visible(T, S, q.device) if causal and 1 < T < S else None  # one new token sees everything
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and T == S)
+
+
+class FlashAttention(torch.autograd.Function):
+    """Attention over tiles of keys (Dao 2022, algorithms 1, 4). Backward needs q, k, v, o and a number a row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, tile):
+        scale = 1 / math.sqrt(q.shape[-1])
+        o = torch.zeros_like(q)  # (B, H, T, D): the sum of exp(score - m) v so far
+        m = q.new_full((*q.shape[:-1], 1), -math.inf)  # (B, H, T, 1): the largest score so far
+        l = torch.zeros_like(m)  # (B, H, T, 1): the sum of exp(score - m) so far
+        for j in range(0, k.shape[-2], tile):
+            keys = slice(j, j + tile)
+            scores = tile_scores(q, k, keys, scale, causal)  # (B, H, T, tile)
+            m_new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))
+            # subtle: a row that saw no key yet has m = -inf, and -inf - -inf is nan; any finite m will do
+            m_safe = m_new.masked_fill(m_new == -math.inf, 0)
+            p = torch.exp(scores - m_safe)
+            shrink = torch.exp(m - m_safe)  # what was summed against the old maximum, told in the new one
+            l = l * shrink + p.sum(dim=-1, keepdim=True)
+            o = o * shrink + p @ v[..., keys, :]
+            m = m_new
+        o = o / l.clamp(min=torch.finfo(l.dtype).tiny)
+        lse = m + l.log()  # (B, H, T, 1): logsumexp of the row's scores, enough to compute P again
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.causal, ctx.tile, ctx.scale = causal, tile, scale
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
+        delta = (do * o).sum(dim=-1, keepdim=True)  # (B, H, T, 1): rowsum(dO ∘ O) = rowsum(P ∘ dP)
+        lse = lse.masked_fill(lse == -math.inf, 0)
+        for j in range(0, k.shape[-2], ctx.tile):
+            keys = slice(j, j + ctx.tile)
+            p = torch.exp(tile_scores(q, k, keys, ctx.scale, ctx.causal) - lse)  # (B, H, T, tile)
+            dv[..., keys, :] = p.transpose(-2, -1) @ do
+            ds = p * (do @ v[..., keys, :].transpose(-2, -1) - delta) * ctx.scale  # (B, H, T, tile)
+            dq += ds @ k[..., keys, :]
+            dk[..., keys, :] = ds.transpose(-2, -1) @ q
+        return dq, dk, dv, None, None
+
+
+def tile_scores(q: Tensor, k: Tensor, keys: slice, scale: float, causal: bool) -> Tensor:
+    """Return the masked scores (B, H, T, tile) of all queries and one tile of keys."""
+    scores = q @ k[..., keys, :].transpose(-2, -1) * scale
+    if causal:
+        scores = scores.masked_fill(~visible(q.shape[-2], k.shape[-2], q.device, keys), -math.inf)
+    return scores
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, tile: int = 128) -> Tensor:
+    """The same in tiles of `tile` keys, with memory linear in T. Shapes as in `naive_attention`."""
+    return FlashAttention.apply(q, k, v, causal, tile)
+
+
+ATTENTION = {"naive": naive_attention, "flash": flash_attention, "sdpa": sdpa_attention}

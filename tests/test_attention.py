@@ -1,0 +1,90 @@
+"""attention.py: three attentions that agree, and flash's memory."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from attention import ATTENTION, flash_attention, naive_attention, visible
+
+
+def qkv(T, S, D=8, grad=False):
+    torch.manual_seed(T * 100 + S)
+    return [torch.randn(2, 3, n, D, dtype=torch.float64, requires_grad=grad) for n in (T, S, S)]
+
+
+def by_hand(q, k, v, causal):
+    """Attention with loops, as the oracle."""
+    out = torch.zeros_like(q)
+    T, S = q.shape[2], k.shape[2]
+    for b, h, t in itertools.product(*map(range, q.shape[:3])):
+        n = S - T + t + 1 if causal else S
+        weights = torch.stack([q[b, h, t] @ k[b, h, s] / math.sqrt(q.shape[3]) for s in range(n)]).softmax(0)
+        out[b, h, t] = sum(w * v[b, h, s] for s, w in enumerate(weights))
+    return out
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T,S", [(7, 7), (3, 7), (1, 7)])
+def test_attention_is_the_formula(name, causal, T, S):
+    q, k, v = qkv(T, S)
+    difference = (ATTENTION[name](q, k, v, causal) - by_hand(q, k, v, causal)).abs().max()
+    assert difference < 1e-12, f"{name}: off by {difference:.1e} for {T} queries at the end of {S} keys"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T,S,tile", [(37, 37, 16), (37, 37, 37), (37, 37, 64), (5, 37, 16), (1, 20, 16)])
+def test_flash_and_its_gradients_equal_naive(T, S, tile, causal):
+    inputs, do = qkv(T, S, grad=True), torch.randn(2, 3, T, 8, dtype=torch.float64)
+    results = [(o, *torch.autograd.grad(o, inputs, do)) for o in
+               (naive_attention(*inputs, causal), flash_attention(*inputs, causal, tile))]
+    for what, a, b in zip(("o", "dq", "dk", "dv"), *results):
+        assert (a - b).abs().max() < 1e-12, f"flash: {what} differs from the formula's by {(a - b).abs().max():.1e}"
+
+
+def test_flash_passes_gradcheck():
+    inputs = [t[:1, :1] for t in qkv(5, 9, D=4, grad=True)]
+    assert torch.autograd.gradcheck(lambda *a: flash_attention(*a, True, 4), inputs), "flash: the backward is wrong"
+
+
+def test_flash_rows_that_see_no_key_are_zero_and_have_no_gradient():
+    q, k, v = qkv(6, 4, grad=True)  # the first two of six queries stand before all four keys
+    o = flash_attention(q, k, v, True, 2)
+    grads = torch.autograd.grad(o.sum(), (q, k, v))
+    assert o[:, :, :2].abs().max() == 0, "a row without keys must be 0"
+    assert all(g.isfinite().all() for g in grads), "a row without keys made a gradient nan: -inf minus -inf"
+    rest = naive_attention(q[:, :, 2:], k, v)
+    assert (o[:, :, 2:] - rest).abs().max() < 1e-12, "the rows that see keys differ from the formula"
+
+
+def test_flash_survives_scores_of_any_size():
+    q, k, v = (1e3 * t for t in qkv(9, 9))
+    assert torch.equal(flash_attention(q, k, v, True, 4).isfinite(), torch.ones_like(q).bool()), "exp overflowed"
+
+
+def saved_bytes(attend, T) -> int:
+    """The bytes that autograd keeps for the backward pass."""
+    total, seen = 0, set()
+
+    def pack(t):
+        nonlocal total
+        if t.data_ptr() not in seen:
+            seen.add(t.data_ptr())
+            total += t.nbytes
+        return t
+    q, k, v = qkv(T, T, grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        attend(q, k, v, True)
+    return total
+
+
+def test_flash_memory_is_linear_in_time():
+    flash, naive = ([saved_bytes(f, T) for T in (128, 256, 512)] for f in (flash_attention, naive_attention))
+    assert flash[2] / flash[1] < 2.1, f"flash saves {flash} bytes at T = 128, 256, 512: more than twice a doubling"
+    assert naive[2] / naive[1] > 3, f"naive saves {naive}: it should grow fourfold, else this test measures nothing"
+
+
+def test_visible_is_aligned_at_the_end():
+    assert visible(2, 4, "cpu").tolist() == [[True, True, True, False], [True] * 4], "queries are the last positions"

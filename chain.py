@@ -158,7 +158,7 @@ def load_checkpoint(path, made_by: str = "python train.py") -> dict:
     require(path.is_file(), f"{path}: no such checkpoint; make it with `{made_by}`, or name one with --checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, KeyError, IndexError, AttributeError):
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, LookupError, AttributeError, OSError):
         raise UserError(f"{path}: cut off or not a checkpoint ({path.stat().st_size:,} bytes); delete it, make it again")
     missing = {"config", "weights", "tokenizer", "step"} - set(content if isinstance(content, dict) else ())
     require(not missing, f"{path}: no checkpoint of this project, it lacks {', '.join(sorted(missing))}")

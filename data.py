@@ -41,7 +41,7 @@ JSON_LINES = re.compile(r"\.jsonl(\.gz)?$", re.IGNORECASE)
 NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test")  # folders "stdlib" leaves out
 BLOCK = 1 << 13           # characters read at once
 UNIT = 32                 # blocks, or documents where they are shorter, that a worker encodes at once
-HELD_OUT_DOCUMENTS = 800  # of the endless world, about 100,000 tokens; the same text for every tokenizer
+HELD_OUT_DOCUMENTS = 500  # of the endless world, about 100,000 tokens; the same text for every tokenizer
 UP_TO_A_WORD = re.compile(r".*[^\W\d_](?=[ \n])", re.DOTALL)  # greedy: ends at the last place for a cut
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # lone surrogates: `open_text` makes them of bad bytes
 
@@ -95,25 +95,25 @@ def json_texts(path: Path, first: int, last: int) -> Iterator[list[str]]:
             try:
                 text = NOT_UTF8.sub("\ufffd", json.loads(line.lstrip("\ufeff"))["text"])
             except (ValueError, RecursionError, KeyError, TypeError):
-                raise chain.UserError(f'{path}, line {number}: no JSON like {{"text": "Once upon"}}')
+                raise chain.UserError(f'{path}, line {number}: not JSON like {{"text": "Once"}}')
             yield [text[i:i + BLOCK] for i in range(0, len(text), BLOCK)]
 
 
 def cut(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the same text in blocks that end after a letter, before a space or newline: its tokens stay as is.
+    """Yield the same text in blocks that end after a letter, before a space or newline: its tokens stay.
 
-    The split patterns of bpe.py cut there anyway: none of their matches holds a letter and white space after it.
+    The split patterns of bpe.py cut there anyway: none of their matches goes on from a letter to white space.
     Only text in which no word ends for 16 pieces is cut where it stands: there one token may differ.
     >>> list(cut(["It is 3 o'cl", "ock now, ", "12"]))
     ['It is', " 3 o'clock", ' now, 12']
     """
     text = ""
     for piece in pieces:
-        text += piece
         if (found := UP_TO_A_WORD.match(text)) or len(text) >= 16 * BLOCK:
             end = found.end() if found else len(text)
             yield text[:end]
             text = text[end:]
+        text += piece
     yield text
 
 
@@ -126,8 +126,8 @@ def download(url: str, cache: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "pocket-llm", "Range": f"bytes={done}-"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "pocket-llm", "Range": f"bytes={done}-"})
         with urllib.request.urlopen(request, timeout=30) as reply:
             # subtle: a server that knows no ranges sends the whole text; appending it would double the start
             done *= reply.headers.get("Content-Range", "").startswith(f"bytes {done}-")
@@ -136,8 +136,10 @@ def download(url: str, cache: Path) -> Path:
                     reply, "read", desc=path.name, total=total or None, initial=done, disable=None) as stream:
                 file.writelines(iter(lambda: stream.read(1 << 16), b""))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise chain.UserError(f"{url}: {error or type(error).__name__}; run it again")
-    chain.require(part.stat().st_size >= max(total, 1), f"{url}: cut off before {total} bytes; run it to go on")
+        if getattr(error, "code", 0) == 416:  # nothing follows what we have: that was from another text
+            part.unlink(missing_ok=True)
+        raise chain.UserError(f"{url}: {error or type(error).__name__}; check it and run it again")
+    chain.require(part.stat().st_size >= max(total, 1), f"{url}: cut off; run it again to go on from there")
     part.replace(path)
     return path
 
@@ -171,9 +173,8 @@ class Files:
         self.name, self.identity = name, digest.hexdigest()
         self.size, self.replaced = sum(size for _, size, _, _ in found), sum(bad for *_, bad in found)
         files = [(path, n, bool(JSON_LINES.search(path.name))) for path, size, n, _ in found if size]
-        # What is counted and split: the characters of a lone plain file, otherwise documents.
         self.files = [(path, n if is_json or len(files) == 1 else 1, is_json) for path, n, is_json in files]
-        self.n = sum(n for _, n, _ in self.files)
+        self.n = sum(n for _, n, _ in self.files)  # documents, or the characters of a lone plain file
         chain.require(self.size >= 20 and self.n > 1, f"{name}: too short to train on and hold out a tenth: "
                 f"{self.size} bytes, {self.n} lines, files or characters; give more text")
 
@@ -243,7 +244,6 @@ def encode(unit: Callable) -> tuple[np.ndarray, int]:
 
 def token_files(source, tokenizer, folder: Path, tokens: int | None = None) -> tuple[Tokens, Tokens]:
     """Return the training and the held-out part of a text as tokens: files written once, by all cores.
-
     Their key is a hash of the text, the tokenizer and how many training `tokens` to make of an endless text.
     """
     limits = {"train": sys.maxsize if source.size else tokens, "held-out": sys.maxsize}

@@ -4,54 +4,54 @@
     heads  = width / 32, or width / 64                batch  = 2048 tokens * sqrt(tokens / 6e6)
     hidden = 8/3 * width                              learning rate = 3e-3 * 128 / width
 
-N counts the parameters without embedding and head. Every value is printed with its formula, and a flag of train.py
-overrules it. The anchors (2,048 tokens a batch and 3e-3 at width 128) were measured on the small world.
+N counts the parameters without embedding and head. Every value is printed with its formula, and a flag of
+train.py overrules it. The two anchors, 2,048 tokens a batch and 3e-3 at width 128, were found on the small world.
 Left out: a search. Papers: Hoffmann 2022 (Chinchilla), Yang 2022 (muP), Zhang 2024 (critical batch size).
 """
 
 import dataclasses
-import time
+from pathlib import Path
 
 import torch
 
 import chain
 from model import GPTConfig, count_parameters
 
-# The most FLOPs a second that a chip multiplies matrices with, 16 bit, dense, by its maker's data sheet.
+# The most FLOPs a second that a chip multiplies matrices with: 16 bit, dense, by its maker's data sheet.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12, "T4": 65e12}
 
 
 def derive(config, vocab_size: int):
-    """Return `config` with every None filled in, and print each value with its formula."""
+    """Return train.py's `config` with every None filled in, and print each value with its formula."""
     c = dataclasses.replace(config)
 
     def fill(field: str, value, formula: str) -> None:
         given = getattr(c, field)
+        chain.require(given is None or given > 0, f"--{field} {given}: it must be above 0")
         setattr(c, field, value if given is None else given)
         print(f"{field:>14} = {getattr(c, field):<10,} {formula if given is None else 'as given'}")
 
-    fill("depth", 8 if config.device == "cuda" else 4, "small enough for this device to train in minutes")
+    fill("depth", 8 if c.device.startswith("cuda") else 4, "this device trains it in minutes")
     head = 32 if c.depth < 8 else 64
-    fill("width", -(-c.depth * min(64, 8 * c.depth) // head) * head, "depth * min(64, 8 * depth): GPT-2 has 64 * depth")
+    fill("width", -(-c.depth * min(64, 8 * c.depth) // head) * head, "depth * min(64, 8 * depth), as GPT-2 at 12")
     fill("heads", max(1, c.width // head), f"width / {head}")
-    fill("hidden", -(-c.width * 8 // 96) * 32, "8/3 * width, so that SwiGLU costs what a plain 4 * width does (Shazeer 2020)")
+    chain.require(c.width % (2 * c.heads) == 0, f"--heads {c.heads}: each of the {c.width} / heads must be even")
+    fill("hidden", -(-c.width * 8 // 96) * 32, "8/3 * width: costs what a plain 4 * width does (Shazeer 2020)")
     fill("context", 256 if c.depth < 8 else 1024, "256 for small models, 1024 as in GPT-2")
-    chain.require(c.width % c.heads == 0, f"--heads {c.heads}: it must divide the width {c.width}")
     N = count_parameters(model_config(c, vocab_size)) - 2 * vocab_size * c.width
     tokens = int(c.tokens_per_parameter * N)
-    # The batch that pays grows with the square root of the tokens (Zhang 2024); 2,048 tokens were best at 6 million.
-    fill("batch_size", max(1, round(2048 * max(1, tokens / 6e6) ** 0.5 / c.context)), "2048 * sqrt(tokens / 6e6) / context")
+    print(f"{'N':>14} = {N:<10,} parameters without embedding and head")
+    fill("batch_size", max(1, round(2048 * max(1.0, tokens / 6e6) ** 0.5 / c.context)),
+         "2048 * sqrt(tokens / 6e6) / context (grows as in Zhang 2024)")
     fill("micro_batch", min(c.batch_size, 32), "all of the batch, at most 32")
-    fill("steps", max(1, tokens // (c.batch_size * c.context)), f"{c.tokens_per_parameter:g} * {N:,} parameters without "
-         "embeddings / (batch_size * context) (Hoffmann 2022)")
-    fill("learning_rate", 3e-3 * 128 / c.width, "3e-3 * 128 / width (Adam's rule of muP, Yang 2022)")
-    for field in ("depth", "width", "heads", "hidden", "context", "steps", "batch_size", "micro_batch", "learning_rate"):
-        chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
+    fill("steps", max(1, tokens // (c.batch_size * c.context)),
+         f"{c.tokens_per_parameter:g} * N / (batch_size * context) (Hoffmann 2022 finds 20)")
+    fill("learning_rate", 3e-3 * 128 / c.width, "3e-3 * 128 / width (Adam's rule in Yang 2022)")
     return c
 
 
 def model_config(c, vocab_size: int) -> GPTConfig:
-    """Return the shape of the model that `c` describes."""
+    """Return the shape of the model that train.py's Config `c` describes."""
     return GPTConfig(vocab_size=vocab_size, context=c.context, depth=c.depth, width=c.width, heads=c.heads,
                      kv_heads=c.heads, hidden=c.hidden, attention=c.attention)
 
@@ -59,19 +59,21 @@ def model_config(c, vocab_size: int) -> GPTConfig:
 def settle(c) -> None:
     """Turn "auto" into what pays on this device, in place.
 
-    Compiling takes half a minute, so only a long run earns it back. On a CPU bfloat16 pays only inside compiled code,
-    and only where the processor multiplies it faster. There the compiler also fuses the plain formula of attention
-    into something faster than torch's kernel, as long as T² is small.
+    Compiling takes half a minute, so only a long run earns it back. On a CPU bfloat16 pays only inside compiled
+    code, and only where the processor multiplies it. There the compiler also fuses the plain formula of
+    attention into something faster than torch's kernel, as long as T² is small.
     """
-    long = c.device.startswith("cuda") or c.steps * c.batch_size * c.context * c.depth * c.width ** 2 > 2e11
+    on_cuda, on_cpu = c.device.startswith("cuda"), c.device == "cpu"
+    long = on_cuda or c.steps * c.batch_size * c.context * c.depth * c.width ** 2 > 1e11
     if c.compile == "auto":
         c.compile = "on" if long and c.device != "mps" and can_compile() else "off"
     if c.precision == "auto":
-        pays = torch.cuda.is_bf16_supported() if c.device.startswith("cuda") else c.compile == "on" and bfloat16_speed() > 1.3
+        pays = torch.cuda.is_bf16_supported() if on_cuda else on_cpu and c.compile == "on" and has_bfloat16()
         c.precision = "bfloat16" if pays else "float32"
     if c.attention == "auto":
-        c.attention = "naive" if c.device == "cpu" and c.compile == "on" and c.context <= 512 else "sdpa"
-    print(f"{'attention':>14} = {c.attention}\n{'compile':>14} = {c.compile:<10} {'precision':>9} = {c.precision}")
+        c.attention = "naive" if on_cpu and c.compile == "on" and c.context <= 512 else "sdpa"
+    for field in ("compile", "precision", "attention"):
+        print(f"{field:>14} = {getattr(c, field)}")
 
 
 def can_compile() -> bool:
@@ -83,17 +85,10 @@ def can_compile() -> bool:
         return False
 
 
-def bfloat16_speed() -> float:
-    """Return how much faster this CPU multiplies matrices in bfloat16 than in float32 (the best of 5)."""
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            began = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - began)
-        seconds.append(min(times))
-    return seconds[0] / seconds[1]
+def has_bfloat16() -> bool:
+    """Return whether this CPU has instructions for it (Linux tells; elsewhere we take float32)."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def peak_flops(device: str) -> float:

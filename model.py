@@ -88,6 +88,11 @@ class KVCache:
         self.v[layer, :, :, self.length:S] = v
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
+    @property
+    def n_bytes(self) -> int:
+        """What keys and values take, for a full context."""
+        return self.k.nbytes + self.v.nbytes
+
 
 # ------------------------------------------------------------------------------------------------ the model
 

@@ -92,7 +92,7 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
     """
     cache = KVCache(model.config, ids.shape[0], ids.device, model.embedding.weight.dtype)
     written = new = ids
-    for _ in range(min(tokens, model.config.context - ids.shape[1] + 1)):
+    for _ in range(min(tokens, max(1, model.config.context - ids.shape[1] + 1))):
         logits = model(new, cache)[:, -1].float()  # (B, V)
         scores = logits if repetition_penalty == 1 else penalise_repetition(logits, written, repetition_penalty)
         if temperature == 0:

@@ -1,0 +1,215 @@
+"""train.py and dial.py: the optimizer, the order of the text, resuming, and what users get wrong."""
+
+import dataclasses
+import errno
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import chain
+import dial
+import train
+from model import GPT, GPTConfig
+
+SMALL = GPTConfig(vocab_size=40, context=16, depth=1, width=32, heads=2, kv_heads=2, hidden=32)
+HERE = Path(train.__file__).parent
+
+
+def config(**changes) -> train.Config:
+    """A Config with every value set, for `fit`."""
+    values = dict(context=16, steps=30, batch_size=8, micro_batch=8, learning_rate=1e-2, device="cpu", compile="off",
+                  precision="float32")
+    return train.Config(**values | changes)
+
+
+def test_cosine_rises_falls_and_stays_down():
+    rates = [train.cosine_lr(s, 100, 1.0, 10) for s in range(130)]
+    assert rates[0] == 0.1 and rates[9] == 1.0, "the warm-up must be linear and reach the peak at its last step"
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:])), "after the warm-up the rate must never rise"
+    assert rates[55] == pytest.approx(0.5, abs=1e-9), "half-way down the cosine must be at half the peak"
+    assert max(rates[100:]) == 0, "past its last step the cosine must be clamped: it rises again by itself"
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-1])
+def test_adamw_is_torchs(eps):
+    torch.manual_seed(0)
+    p = torch.randn(5, 3, dtype=torch.float64)
+    theirs = torch.nn.Parameter(p.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.99), eps=eps, weight_decay=0.3)
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t in range(1, 11):
+        theirs.grad = torch.randn_like(p)
+        train.adamw_update(p, theirs.grad, m, v, t, 0.1, (0.9, 0.99), eps, 0.3)
+        optimizer.step()
+    assert (p - theirs).abs().max() < 1e-12, "decay must be decoupled, both moments unbiased, eps outside the root"
+
+
+def test_only_matrices_decay_and_all_parameters_are_optimised():
+    model = GPT(SMALL)
+    matrices, others = train.make_optimizer(model, 0.1).param_groups
+    assert matrices["weight_decay"] == 0.1 and all(p.dim() == 2 for p in matrices["params"])
+    assert others["weight_decay"] == 0 and all(p.dim() < 2 for p in others["params"]), "a norm or 1-D tensor decays"
+    n = len(matrices["params"]) + len(others["params"])
+    assert n == len(list(model.parameters())), "a parameter is left out of the optimizer"
+
+
+def test_an_epoch_shows_every_window_once():
+    ids, seen = np.arange(1000), []
+    for step in range(7):
+        x, y = train.batch(ids, step, 8, 16, seed=3)
+        assert torch.equal(x + 1, y), "targets are the inputs moved on by one"
+        seen += x[:, 0].tolist()
+    assert len(set(seen)) == 56, "a window came twice within an epoch"
+    assert len({start % 16 for start in seen}) == 1, "the windows of an epoch stand side by side"
+    again, _ = train.batch(ids, 6, 8, 16, seed=3)
+    assert again[:, 0].tolist() == seen[48:], "a batch must depend on its step alone, or resuming is not exact"
+    assert train.batch(ids, 0, 8, 16, seed=4)[0].tolist() != train.batch(ids, 0, 8, 16, seed=3)[0].tolist()
+
+
+def test_a_batch_of_the_shortest_text():
+    x, y = train.batch(np.arange(18), 0, 3, 16, seed=0)
+    assert x.shape == y.shape == (3, 16)
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    torch.manual_seed(0)
+    ids = np.random.default_rng(0).integers(0, 40, 33).astype(np.uint16)
+    history, _ = train.fit(GPT(SMALL), ids, config(steps=150, batch_size=2))
+    assert abs(history[0][1] - math.log(40)) < 0.2, f"loss at step 0 is {history[0][1]:.2f}, ln V is {math.log(40):.2f}"
+    assert history[-1][1] < 0.1, f"after 150 steps on the same batch the loss is still {history[-1][1]:.2f}"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 5])
+def test_accumulation_changes_nothing(micro_batch):
+    ids, models = np.random.default_rng(0).integers(0, 40, 400), []
+    for micro in (8, micro_batch):
+        torch.manual_seed(0)
+        models.append(GPT(SMALL).double())
+        train.fit(models[-1], ids, config(steps=3, micro_batch=micro))
+    difference = max((a - b).abs().max().item() for a, b in zip(*(m.parameters() for m in models)))
+    assert difference < 1e-6, f"micro-batches of {micro_batch}: weights differ by {difference:.1e}; mean over all tokens"
+
+
+def stop_at(monkeypatch, step: int, error: BaseException) -> None:
+    """Make training stop with `error` after this step."""
+    tick = train.Clock.tick
+
+    def stopping(self, number, text):
+        if number == step:
+            raise error
+        tick(self, number, text)
+    monkeypatch.setattr(train.Clock, "tick", stopping)
+
+
+def test_resume_is_exact(train_small, tmp_path, monkeypatch):
+    train_small(out="whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, KeyboardInterrupt())
+        with pytest.raises(SystemExit) as stop:
+            train_small(out="parts")
+    assert stop.value.code == 130 and not (tmp_path / "parts/base.pt").exists(), "a stopped run made a checkpoint"
+    train_small("--resume", out="parts")
+    whole, parts = (chain.load_checkpoint(tmp_path / out / "base.pt") for out in ("whole", "parts"))
+    for name, weight in whole["weights"].items():
+        assert torch.equal(weight, parts["weights"][name]), f"{name} differs after a stop and --resume"
+    assert not (tmp_path / "parts/base.resume.pt").exists(), "a finished run has nothing to resume"
+
+
+def test_resume_takes_no_other_sizes(train_small, tmp_path, monkeypatch, fails):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, KeyboardInterrupt())
+        with pytest.raises(SystemExit):
+            train_small()
+    line = fails(train.main, ["--resume", "--depth", "3", "--out", tmp_path / "out"])
+    assert "--depth 3" in line and "has 2" in line, line
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights(train_small, tmp_path, monkeypatch, fails, text_file):
+    train_small()
+    good = (tmp_path / "out/base.pt").read_bytes()
+    monkeypatch.setattr(train, "token_loss", lambda model, x, y, bf16: model(x).sum() * math.nan)
+    line = fails(lambda argv: train_small(*argv), [])
+    assert "step 0" in line and "--learning_rate" in line, line
+    assert (tmp_path / "out/base.pt").read_bytes() == good, "the last good checkpoint was touched"
+
+
+def test_a_full_disk_costs_nothing(train_small, tmp_path, monkeypatch, fails):
+    train_small()
+    good = (tmp_path / "out/base.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", full)
+    line = fails(lambda argv: train_small(*argv), [])
+    assert "No space left" in line and "make room" in line, line
+    assert (tmp_path / "out/base.pt").read_bytes() == good, "the old checkpoint was harmed"
+    assert not list((tmp_path / "out").glob("*.tmp")), "half a file was left behind"
+
+
+def test_the_checkpoint_is_self_sufficient(train_small, tmp_path):
+    metrics = train_small()
+    content = torch.load(tmp_path / "out/base.pt", weights_only=True)
+    assert {"config", "weights", "tokenizer", "step", "loss", "arguments", "seed", "versions"} <= set(content)
+    assert content["step"] == 20 and content["loss"] == metrics["validation_loss"]
+
+
+@pytest.mark.parametrize("depth,width,heads", [(1, 32, 1), (4, 128, 4), (6, 288, 9), (8, 512, 8), (12, 768, 12)])
+def test_the_dial(depth, width, heads):
+    c = dial.derive(train.Config(depth=depth, device="cpu"), 1024)
+    assert (c.width, c.heads) == (width, heads), "depth 12 must be GPT-2's shape, depth 4 the laptop's"
+    N = dial.count_parameters(dial.model_config(c, 1024)) - 2 * 1024 * c.width
+    assert c.steps * c.batch_size * c.context == pytest.approx(8 * N, rel=0.02), "tokens are tokens_per_parameter * N"
+
+
+def test_the_dial_can_be_overruled():
+    c = dial.derive(train.Config(depth=4, width=64, steps=7, device="cpu"), 1024)
+    assert (c.width, c.heads, c.steps) == (64, 2, 7)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name,content,says", [
+    ("none.txt", None, "none.txt"), ("empty.txt", b"", "empty.txt"), ("one.txt", b"a", "one.txt"),
+    ("binary.txt", bytes(range(256)) * 20, "binary.txt"), ("text.exe", b"words " * 100, "text.exe"),
+    ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n' * 20, "line 2")])
+def test_bad_text(tmp_path, fails, name, content, says):
+    if content is not None:
+        write(tmp_path / name, content)
+    assert says in fails(train.main, ["--data", tmp_path / name, "--out", tmp_path / "out", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--depht", "3"], "--depht"), (["--depth", "three"], "three"), (["--depth", "0"], "--depth 0"),
+    (["--steps", "-1"], "--steps -1"), (["--vocab_size", "100"], "100"), (["--context", "100000"], "100,000"),
+    (["--device", "cuda:99"], "cuda"), (["--heads", "7"], "--heads 7"), (["--resume"], "resume.pt"),
+    (["--data", "http://127.0.0.1:9/a.txt"], "127.0.0.1:9")])
+def test_bad_flags(tmp_path, text_file, fails, flags, says):
+    given = ["--data", text_file, "--out", tmp_path / "out", "--device", "cpu"]
+    assert says in fails(train.main, given + flags)
+
+
+def test_an_empty_folder_and_an_unknown_flag_as_a_user_meets_them(tmp_path):
+    for flags, says in ((["--data", str(tmp_path)], str(tmp_path)), (["--stpes", "3"], "--stpes")):
+        done = subprocess.run([sys.executable, "train.py", "--out", str(tmp_path / "out"), *flags], cwd=HERE,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, "more than one clear line"
+
+
+def test_a_tokenizer_of_another_size_is_named(train_small, tmp_path, fails, text_file):
+    train_small()
+    line = fails(train.main, ["--data", text_file, "--out", tmp_path / "out", "--vocab_size", "280"])
+    assert "280" in line and "300" in line, line
+
+
+def test_every_default_can_be_stored():
+    assert all(isinstance(v, (str, int, float, bool, type(None))) for v in dataclasses.asdict(train.Config()).values())

@@ -106,6 +106,18 @@ def pick_device(name: str) -> str:
     return name
 
 
+def start_rank() -> int:
+    """Join the other processes if torchrun started this one; return its number, 0 when alone."""
+    if "RANK" not in os.environ:
+        return 0
+    import torch
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.distributed.get_rank()
+
+
 # ------------------------------------------------------------------------------------------- files
 
 def write_whole(path, write) -> None:

@@ -267,8 +267,8 @@ def token_files(source, tokenizer, folder: Path, tokens: int | None = None) -> t
 
     if not all(path.is_file() for path in (*paths.values(), sizes_path)):
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # macOS: unsafe
-        bar = tqdm(desc="tokens", total=source.size, unit="B", unit_scale=True, disable=None)
-        with bar, context.Pool(cores, start_worker, [tokenizer]) as pool:
+        with context.Pool(cores, start_worker, [tokenizer]) as pool, tqdm(  # fork before tqdm's thread
+                desc="tokens", total=source.size, unit="B", unit_scale=True, disable=None) as bar:
             for split, path in paths.items():
                 chain.write_whole(path, partial(write, split))
         chain.write_whole(sizes_path, lambda file: file.write(json.dumps(sizes).encode()))

@@ -5,7 +5,7 @@
     hidden = 8/3 * width                              learning rate = 3e-3 * 128 / width
 
 N counts the parameters without embedding and head. Every value is printed with its formula, and a flag of
-train.py overrules it. The two anchors, 2,048 tokens a batch and 3e-3 at width 128, were found on the small world.
+train.py overrules it. The anchors, 2,048 tokens a batch and 3e-3 at width 128, were found on the small world.
 Left out: a search. Papers: Hoffmann 2022 (Chinchilla), Yang 2022 (muP), Zhang 2024 (critical batch size).
 """
 
@@ -33,10 +33,11 @@ def derive(config, vocab_size: int):
 
     fill("depth", 8 if c.device.startswith("cuda") else 4, "this device trains it in minutes")
     head = 32 if c.depth < 8 else 64
-    fill("width", -(-c.depth * min(64, 8 * c.depth) // head) * head, "depth * min(64, 8 * depth), as GPT-2 at 12")
+    width = c.depth * min(64, 8 * c.depth)
+    fill("width", -(-width // head) * head, f"depth * min(64, 8 * depth), rounded up to heads of {head}")
     fill("heads", max(1, c.width // head), f"width / {head}")
-    chain.require(c.width % (2 * c.heads) == 0, f"--heads {c.heads}: each of the {c.width} / heads must be even")
-    fill("hidden", -(-c.width * 8 // 96) * 32, "8/3 * width: costs what a plain 4 * width does (Shazeer 2020)")
+    chain.require(c.width % (2 * c.heads) == 0, f"--heads {c.heads}: {c.width} / heads must be even")
+    fill("hidden", -(-c.width * 8 // 96) * 32, "8/3 * width costs what a plain 4 * width does (Shazeer 2020)")
     fill("context", 256 if c.depth < 8 else 1024, "256 for small models, 1024 as in GPT-2")
     N = count_parameters(model_config(c, vocab_size)) - 2 * vocab_size * c.width
     tokens = int(c.tokens_per_parameter * N)
@@ -59,9 +60,9 @@ def model_config(c, vocab_size: int) -> GPTConfig:
 def settle(c) -> None:
     """Turn "auto" into what pays on this device, in place.
 
-    Compiling takes half a minute, so only a long run earns it back. On a CPU bfloat16 pays only inside compiled
-    code, and only where the processor multiplies it. There the compiler also fuses the plain formula of
-    attention into something faster than torch's kernel, as long as T² is small.
+    Compiling takes half a minute, so only a long run earns it back. On a CPU bfloat16 pays only inside
+    compiled code, and only where the processor multiplies it. There the compiler also fuses the plain formula
+    of attention into something faster than torch's kernel, as long as T² is small.
     """
     on_cuda, on_cpu = c.device.startswith("cuda"), c.device == "cpu"
     long = on_cuda or c.steps * c.batch_size * c.context * c.depth * c.width ** 2 > 1e11

@@ -19,7 +19,6 @@ Papers: Radford 2019 (GPT-2), Loshchilov 2019 (AdamW), Micikevicius 2018 (mixed 
 import dataclasses
 import functools
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ import chain
 import data
 from attention import ATTENTION
 from dial import derive, model_config, peak_flops, settle
-from evaluate import mean_loss, measure
+from evaluate import copying, mean_loss, measure
 from model import GPT, count_parameters, flops_per_token
 from sample import generate
 
@@ -135,14 +134,13 @@ def token_loss(model, x: Tensor, y: Tensor, bfloat16: bool) -> Tensor:
 def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dict | None = None) -> tuple:
     """Train `model` on `ids` up to step `c.steps`; return (history of (step, loss), tokens/s).
 
-    Ten times on the way it calls `look(step)` and `save(step, optimizer, history)`; `state` is what was saved,
-    to go on from. Raises UserError at a loss that is not finite, before it reaches the weights.
+    Ten times on the way it calls `look(step)` and `save(step, optimizer, history)`; `state` is what was
+    saved, to go on from. Raises UserError at a loss that is not finite, before it reaches the weights.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    optimizer, history = make_optimizer(model, c.weight_decay), []
+    optimizer, history = make_optimizer(model, c.weight_decay), state["history"] if state else []
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
     parallel = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     loss_of = torch.compile(token_loss) if c.compile == "on" else token_loss
     warmup, every = max(1, min(100, c.steps // 10)), max(1, c.steps // 10)
@@ -160,8 +158,8 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # of all tensors together
         loss = loss.item()
-        chain.require(math.isfinite(loss + norm), f"step {step}: the loss is {loss}, its gradient {norm}; the last "
-                      f"checkpoint is good: start again with less than --learning_rate {c.learning_rate:.1e}")
+        chain.require(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient {norm}; the "
+                      f"last checkpoint is good: try less than --learning_rate {c.learning_rate:.1e}")
         optimizer.step()
         optimizer.zero_grad()
         history.append((step, loss))
@@ -177,7 +175,7 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
 
 
 class Clock:
-    """Shows how the run goes: a bar on a terminal, elsewhere lines in columns. Five steps warm up, untimed."""
+    """Shows how the run goes: a bar on a terminal, else lines in columns. Five steps warm up, untimed."""
 
     def __init__(self, c: Config, flops: int, rank: int, ranks: int):
         self.c, self.rank, self.ticks, self.seconds, self.last = c, rank, 0, 0.0, 0.0
@@ -186,7 +184,9 @@ class Clock:
 
     @property
     def tokens_per_second(self) -> float:
-        return max(0, self.ticks - 5) * self.c.batch_size * self.c.context / self.seconds if self.seconds else 0.0
+        """Of training alone."""
+        tokens = max(0, self.ticks - 5) * self.c.batch_size * self.c.context
+        return tokens / self.seconds if self.seconds else 0.0
 
     def tick(self, step: int, text: str) -> None:
         """Count a step that has just ended, and show it with `text`."""
@@ -203,17 +203,6 @@ class Clock:
             print(f"step {step + 1:>6}/{self.c.steps}  {text}  {left:5.0f} s left", flush=True)
 
 
-def start_rank() -> int:
-    """Join the other processes if torchrun started this one; return its number, 0 when alone."""
-    if "RANK" not in os.environ:
-        return 0
-    if not dist.is_initialized():
-        dist.init_process_group()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return dist.get_rank()
-
-
 def read_state(given: Config) -> tuple[dict, Config]:
     """Return what a stopped run saved, and its Config. A flag that contradicts it is a UserError."""
     path = Path(given.out, f"{given.name}.resume.pt")
@@ -222,8 +211,8 @@ def read_state(given: Config) -> tuple[dict, Config]:
     kept = Config(**state["arguments"])
     for field in dataclasses.fields(Config):
         value, old = getattr(given, field.name), getattr(kept, field.name)
-        chain.require(value in (field.default, old) or field.name in ("out", "resume"), f"--{field.name} {value}: "
-                      f"the stopped run has {old}; leave the flag out, or start anew without --resume")
+        chain.require(value in (field.default, old) or field.name in ("out", "resume"),
+                      f"--{field.name} {value}: the stopped run has {old}; leave out that flag, or --resume")
     return state, dataclasses.replace(kept, out=given.out, resume=True)
 
 
@@ -240,44 +229,54 @@ def save_curve(history: list[tuple], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def prepare(given: Config, state: dict | None, rank: int) -> tuple:
+    """Return (the settled Config, the tokenizer, training tokens, held-out tokens), making what is missing."""
+    source = data.open_source(given.data, Path(given.out), given.seed)
+    if rank > 0:
+        dist.barrier()  # the first process makes the tokenizer and the tokens, the others find them
+    if state:
+        tokenizer = bpe.Tokenizer.from_dict(state["tokenizer"])
+    else:
+        tokenizer = bpe.find_or_make(source, Path(given.out), given.vocab_size)
+    c = derive(given, tokenizer.n_vocab)
+    settle(c)
+    tokens = c.steps * c.batch_size * c.context + 2 * c.context
+    train, held_out = data.token_files(source, tokenizer, Path(c.out), tokens)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    chain.require(len(train.ids) > c.context + 1, f"--data {c.data}: {len(train.ids):,} training tokens do "
+                  f"not fill the context of {c.context:,}; give more text or a smaller --context")
+    return c, tokenizer, train, held_out
+
+
 @chain.command
 def main(argv=None) -> dict:
     """Train a model, from text to checkpoint."""
     given, started, state = chain.parse(Config, argv, __doc__), time.time(), None
-    rank = start_rank()
+    rank = chain.start_rank()
     if given.resume:
         state, given = read_state(given)
     given.device = chain.pick_device(given.device)
-    out = Path(given.out)
-    source = data.open_source(given.data, out, given.seed)
-    if rank > 0:
-        dist.barrier()  # the first process makes the tokenizer and the tokens, the others find them
-    tokenizer = bpe.Tokenizer.from_dict(state["tokenizer"]) if state else bpe.find_or_make(
-        source, out, given.vocab_size)
-    c = derive(given, tokenizer.n_vocab)
-    settle(c)
-    train, held_out = data.token_files(source, tokenizer, out, tokens=c.steps * c.batch_size * c.context + 2 * c.context)
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    chain.require(len(train.ids) > c.context + 1, f"--data {c.data}: {len(train.ids):,} training tokens do not fill "
-                  f"the context of {c.context:,}; give more text or a smaller --context")
+    c, tokenizer, train, held_out = prepare(given, state, rank)
     torch.manual_seed(c.seed)
     model = GPT(model_config(c, tokenizer.n_vocab)).to(c.device)
     if state:
         model.load_state_dict(state["weights"])
-    stopped = out / f"{c.name}.resume.pt"
-    prompt = torch.from_numpy(held_out.ids[:12].astype(np.int64)).to(c.device)[None]  # (1, 12): never seen
+    path, stopped = Path(c.out, f"{c.name}.pt"), Path(c.out, f"{c.name}.resume.pt")
+    prompt = torch.tensor(held_out.ids[None, :1].astype(np.int64), device=c.device)  # (1, 1): a beginning
 
     def checkpoint(path: Path, step: int, loss: float, **more) -> None:
-        config = dataclasses.asdict(model.config) | {"attention": "sdpa"}  # how it was computed is no part of it
+        config = dataclasses.asdict(model.config) | {"attention": "sdpa"}  # how, not what
         chain.save_checkpoint(path, config=config, weights=model.state_dict(), tokenizer=tokenizer.to_dict(),
                               step=step, loss=loss, arguments=dataclasses.asdict(c), **more)
 
     def look(step: int) -> None:
-        loss = mean_loss(model, held_out.ids, c.context, 20_000)
-        ids = [int(new) for new, _ in generate(model, prompt, 40, temperature=0)]
-        text = f"{tokenizer.decode(prompt[0].tolist())} | {tokenizer.decode(ids)}"
-        tqdm.write(f"  step {step}: validation loss {loss:.4f}. It goes on: {' '.join(text.split())}")
+        text = f"step {step}: validation loss {mean_loss(model, held_out.ids, c.context, 20_000):.4f}"
+        if c.data == "world":
+            text += f", copying {copying(model, tokenizer, 60, c.seed)['copying']:.0%}"
+        draws = torch.Generator(c.device).manual_seed(c.seed)
+        new = [int(i) for i, _ in generate(model, prompt, 48, temperature=0.7, generator=draws)]
+        tqdm.write(f"  {text}; it writes {tokenizer.decode(new)!r}")
 
     def save(step: int, optimizer, history: list) -> None:
         checkpoint(stopped, step, history[-1][1], optimizer=optimizer.state_dict(), history=history)
@@ -285,12 +284,13 @@ def main(argv=None) -> dict:
     history, speed = fit(model, train.ids, c, look, save, state)
     if rank > 0:
         return {}
-    metrics = {"parameters": count_parameters(model.config), "training_tokens": c.steps * c.batch_size * c.context,
-               "training_loss": float(np.mean([loss for _, loss in history[-50:]])), "tokens_per_second": speed}
+    metrics = {"parameters": count_parameters(model.config), "tokens_per_second": speed,
+               "training_tokens": c.steps * c.batch_size * c.context,
+               "training_loss": float(np.mean([loss for _, loss in history[-50:]]))}
     metrics |= measure(model, tokenizer, train, held_out, 300 if c.data == "world" else 0, c.seed)
-    checkpoint(out / f"{c.name}.pt", c.steps, metrics["validation_loss"])
+    checkpoint(path, c.steps, metrics["validation_loss"])
     stopped.unlink(missing_ok=True)
-    save_curve(history, out / f"{c.name}.png")
+    save_curve(history, path.with_suffix(".png"))
     chain.report("train.py", c, metrics, time.time() - started)
     return metrics
 

@@ -84,7 +84,7 @@ def test_lines_are_split_by_document(write, name):
 
 
 def test_a_folder_is_split_by_document_and_walked_in_order(write):
-    names = [f"{name}.{kind}" for name in ("a", "b", "sub/c", "sub/d") for kind in ("md", "py", "txt", "txt.gz")]
+    names = [f"{n}.{kind}" for n in ("a", "b", "sub/c", "sub/d") for kind in ("md", "py", "txt", "txt.gz")]
     for name in (*names, ".hidden.txt", ".git/x.txt", "sub/.cache/x.txt", "picture.png", "sub/x.zip"):
         write(name, f"{name}: {WORDS}")
     write("empty.txt", "")
@@ -144,7 +144,7 @@ def test_cut_text_has_the_tokens_of_the_whole(tokenizers, pattern):
 
 @pytest.mark.parametrize("pattern", list(bpe.PATTERNS))
 @pytest.mark.parametrize("block", [8, 29, 8192])
-def test_token_files_are_the_whole_text_encoded_at_once(write, tokenizers, tmp_path, monkeypatch, pattern, block):
+def test_token_files_are_the_whole_text_at_once(write, tokenizers, tmp_path, monkeypatch, pattern, block):
     monkeypatch.setattr(data, "BLOCK", block)
     monkeypatch.setattr(data, "UNIT", 3)
     tokenizer, n = tokenizers[pattern], int(0.9 * len(NASTY))
@@ -156,10 +156,10 @@ def test_token_files_are_the_whole_text_encoded_at_once(write, tokenizers, tmp_p
 
 def test_each_document_starts_with_one_end_of_text(write, tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 16)  # so that most documents go on over several blocks
-    tokenizer, texts = tokenizers["default"], [NASTY, "", "short", WORDS * 3, "x" * 200, "last but one", "last"]
+    tokenizer, texts = tokenizers["default"], [NASTY, "", "short", WORDS * 3, "x" * 200, "but one", "last"]
     train, held_out = data.token_files(open_file(write("a.jsonl", lines(*texts))), tokenizer, tmp_path)
     whole = [[tokenizer.special["<|endoftext|>"], *tokenizer.encode(text)] for text in texts]
-    assert train.ids.tolist() == sum(whole[:6], []), "not one <|endoftext|> before each document"
+    assert train.ids.tolist() == [i for ids in whole[:6] for i in ids], "not one <|endoftext|> a document"
     assert held_out.ids.tolist() == whole[6]
 
 
@@ -228,16 +228,17 @@ def test_tokens_are_written_once(write, tokenizers, tmp_path, monkeypatch):
 
 
 def test_other_text_or_tokenizer_is_another_key(write, tokenizers, tmp_path):
-    out, made, texts = tmp_path / "out", tokenizers["default"], [WORDS * 9, WORDS * 9 + "!", WORDS * 8 + "?" * 84]
+    out, made, texts = tmp_path / "out", tokenizers["default"], [WORDS, WORDS + "!", WORDS.swapcase()]
     fewer = bpe.Tokenizer(made.merges[:-1], ["<|endoftext|>"])
     cases = [(text, made) for text in texts]
     cases += [(texts[0], other) for other in (tokenizers["gpt2"], bpe.Tokenizer(made.merges), fewer)]
     for n, (text, tokenizer) in enumerate(cases, 1):
         data.token_files(open_file(write("a.txt", text)), tokenizer, out)
         assert len(names(out)) == 3 * n, f"case {n} shares its token files with an earlier one"
-    for name, content in (("x/a.txt", WORDS), ("x/b.txt", WORDS * 2), ("y/a.txt", WORDS * 2), ("y/b.txt", WORDS)):
-        folder = Path(write(name, content)).parent
-    assert open_file(str(folder)).identity != open_file(str(folder.with_name("x"))).identity, "documents count"
+    for name, n in (("x/a.txt", 1), ("x/b.txt", 2), ("y/a.txt", 2), ("y/b.txt", 1)):
+        folder = Path(write(name, WORDS * n)).parent
+    other = open_file(str(folder.with_name("x")))
+    assert open_file(str(folder)).identity != other.identity, "where a document ends is part of the key"
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -253,15 +254,15 @@ def test_a_failure_leaves_no_half_file(write, tokenizers, tmp_path, monkeypatch,
 
 
 def test_reading_takes_no_more_memory_for_larger_files(write):
-    for name, content in (("a.txt", WORDS * 30_000), ("a.jsonl", lines(*[WORDS * 5] * 6_000))):  # 2.5 MB each
+    for name, content in (("a.txt", WORDS * 30_000), ("a.jsonl", lines(*[WORDS * 5] * 6_000))):
         source = open_file(write(name, content))
         tracemalloc.start()
-        sizes = [len(block) for split in ("train", "held-out") for _, block in source.blocks(split)]
+        sizes = [len(text) for split in ("train", "held-out") for text in source.documents(split)]
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert sum(sizes) == len(WORDS) * 30_000 and max(sizes) < 2 * data.BLOCK
         assert peak < 400_000, f"{name}: reading 2.5 MB took {peak:,} bytes of memory"
-    assert max(map(len, data.cut("7" * data.BLOCK for _ in range(50)))) <= 16 * data.BLOCK, "no word ever ends"
+    assert max(map(len, data.cut("7" * data.BLOCK for _ in range(50)))) <= 16 * data.BLOCK, "no end"
 
 
 class Endless:

@@ -230,7 +230,7 @@ def save_curve(history: list[tuple], path: Path) -> None:
 
 
 def prepare(given: Config, state: dict | None, rank: int) -> tuple:
-    """Return (the settled Config, the tokenizer, training tokens, held-out tokens), making what is missing."""
+    """Return (settled Config, tokenizer, training tokens, held-out tokens), making what is missing."""
     source = data.open_source(given.data, Path(given.out), given.seed)
     if rank > 0:
         dist.barrier()  # the first process makes the tokenizer and the tokens, the others find them

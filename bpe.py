@@ -1,351 +1,339 @@
-"""Byte-level BPE: text -> tokens, and conversations -> tokens + loss mask.
+"""Byte-level BPE: text becomes tokens, and tokens become text again. No text is unknown: every byte is a token.
 
-    learn   cut the texts into pieces (about words), write each piece as bytes; then again and again
-            join the most frequent pair of neighbours into a new token. Ties: the greatest pair of byte strings.
-    encode  cut a text into pieces; in each, join the pair that was learned first, until none is left.
-    ids     0-255 the bytes, then the merges in the order learned, then the special tokens.
+    split      a regular expression cuts text into pieces (words, numbers, signs); no token crosses a cut
+    train      count all pairs of neighbours, join the most frequent pair into a new token, and so on
+    encode     in each piece join the pair that was learnt first, until no learnt pair is left
 
-    python bpe.py                                        the small world, into out/tokenizer.json: 3 seconds,
-                                                         1,024 tokens, about 2.9 bytes a token
-    python bpe.py --data my.txt --vocab_size 8192        your own text: a file, a folder, an address, or `stdlib`
+Ids: the 256 bytes, then the merges in the order they were learnt, then the special tokens. Among pairs of equal
+count the lexicographically greatest pair of byte strings wins, so that the merges depend on the text alone.
 
-- No merge crosses the border of a piece, so " the" is learned once and "dog." and "dog!" share their "dog".
-- Any text can be encoded, since all bytes are tokens, and decode(encode(text)) == text. The one exception is a lone
-  surrogate (half a character, seen in broken input): UTF-8 has no bytes for it, and it becomes "?".
-- A special token such as <|end|> is one id that no merge makes. User text becomes one only where the caller allows
-  it by name: a message that spells "<|system|>" must not turn into an order.
+    python bpe.py                                   1,024 tokens from the small world (5 s, 2.5 bytes a token)
+    python bpe.py --data my.txt --vocab_size 8192   your own text
 
-Left out: normalising the text, byte fallback and scores as in SentencePiece, dropping merges at random.
-Papers: Sennrich 2016 (BPE), Radford 2019 (on bytes, with a split pattern: GPT-2).
+Special tokens (the end of a document, the turns of a chat) are not text. `encode` makes none out of what somebody
+wrote unless it is asked to; only `encode_chat` places them.
+Left out: normalising Unicode, a fast path in C. Papers: Sennrich 2016 (BPE), Radford 2019 (bytes, the split).
 """
 
 import heapq
-import itertools
 import json
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain as flatten
+from itertools import islice
 from pathlib import Path
 
 import regex
-from tqdm import tqdm
 
 import chain
 import data
 
-DEFAULT = "default"
-PATTERNS = {
-    # A word with the space before it; one digit; the ending of "don't", "she's"; punctuation; white space, of which
-    # a last space is left to the word behind it. Pieces end after 64 characters: joining takes time that grows with
-    # the square of a piece's length, and a text without spaces must not be able to stop the program.
-    "default": r" ?[\p{L}\p{M}]{1,64}+|\p{N}|['’](?i:[sdmt]|ll|re|ve)(?![\p{L}\p{M}])"
-               r"| ?[^\s\p{L}\p{M}\p{N}]{1,64}+|\s{1,64}(?!(?<= )\S)|\s",
-    "gpt2": r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
-}
-LOOK_AHEAD = 16        # no pattern may look further than this behind the piece that it ends; the two above need 3
-CACHED_PIECES = 100_000  # about 25 MB
-TEXTS = 8_000          # to learn from: 3 MB of the small world, 130 MB of a long file
-SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
 ROLES = ("system", "user", "assistant", "tool")
-
-BYTES = [bytes([b]) for b in range(256)]
-# GPT-2's files are text, so they write the bytes that can't be seen (space, newline, ...) as letters from U+0100 on.
-UNSEEN = [b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or 174 <= b)]
-LETTER_OF_BYTE = {b: chr(256 + n) for n, b in enumerate(UNSEEN)}
-BYTE_OF_LETTER = {256 + n: b for n, b in enumerate(UNSEEN)}
-
-Pair = tuple[bytes, bytes]
+SPECIAL_TOKENS = ("<|endoftext|>", *(f"<|{role}|>" for role in ROLES), "<|end|>")
+PATTERNS = {
+    # One digit a token, so that numbers are spelled alike wherever they stand. "++" never gives back: faster.
+    "default": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
+SAFE_CUT = regex.compile(r"\p{L}(?=[^\p{L}\p{M}'’])|\p{N}(?=\s)")  # text cut here keeps its tokens: a word is over
+CACHED_PIECES = 1 << 18   # pieces whose ids are remembered, about 50 MB
+TRAINING_TEXTS = 8000     # documents of the world, or blocks of a file, that a tokenizer is trained on at most
 
 
 @dataclass
 class Config:
     """The flags of `python bpe.py`."""
-    data: str = chain.option("world", "world, stdlib, a file, a folder or an http(s) address")
-    vocab_size: int = chain.option(1024, "number of tokens: 256 bytes + merges + 6 special tokens")
-    pattern: str = chain.option(DEFAULT, "how text is cut into pieces: default, gpt2 or a regular expression")
+    data: str = chain.option("world", "world, a file, a folder, an http(s) address, or stdlib")
     out: str = chain.option("out", "folder for everything that is made")
+    vocab_size: int = chain.option(1024, "bytes, merges and special tokens together")
+    pattern: str = chain.option("default", "how text is split: default, gpt2 or a regular expression")
     seed: int = chain.option(0, "seed of the small world")
 
 
-# --- learning merges -------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- training
 
-def count_pairs(word: list[bytes]) -> list[Pair]:
-    """Return the pairs of neighbours in `word`, without those that overlap an equal pair before them.
+def pairs(ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the neighbours in `ids` that one merge could join. subtle: "aaa" holds "aa" once, not twice.
 
-    >>> count_pairs([b"a", b"a", b"a", b"b"])
-    [(b'a', b'a'), (b'a', b'b')]
+    >>> list(pairs([1, 1, 1, 2]))
+    [(1, 1), (1, 2)]
     """
-    pairs, last = [], None
-    for pair in pairwise(word):
-        last = None if pair == last else pair  # "aaa" has one pair that can be joined, "aaaa" has two
-        if last:
-            pairs.append(pair)
-    return pairs
+    overlaps = False
+    for i, (a, b) in enumerate(zip(ids, ids[1:])):
+        overlaps = a == b and i > 0 and ids[i - 1] == a and not overlaps
+        if not overlaps:
+            yield a, b
 
 
-def merge(word: list[bytes], pair: Pair) -> list[bytes]:
-    """Return `word` with every `pair` in it joined, from the left.
+def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """Return `ids` with every occurrence of `pair` replaced by `new`, from the left.
 
-    >>> merge([b"a", b"a", b"a", b"b"], (b"a", b"a"))
-    [b'aa', b'a', b'b']
+    >>> merge([1, 2, 1, 2, 2], (1, 2), 9)
+    [9, 9, 2]
     """
-    first, second = pair
-    merged = []
-    for token in word:
-        if token == second and merged and merged[-1] == first:
-            merged[-1] = first + second
-        else:
-            merged.append(token)
-    return merged
-
-
-def falling(token: bytes) -> str:
-    """Return a key that sorts tokens from the greatest to the least, because a heap gives its least entry first.
-
-    >>> sorted([b"a", b"ab", b"b"], key=falling)
-    [b'b', b'ab', b'a']
-    """
-    return "".join([chr(255 - b) for b in token]) + chr(256)  # the end is above every byte: "ab" comes before "a"
-
-
-def pop_most_frequent(heap: list, counts: dict[Pair, int]) -> Pair | None:
-    """Take the next pair off the heap, or None if no pair is left."""
-    while heap:
-        negative_count, _, _, pair = heapq.heappop(heap)
-        # subtle: a count that changed was pushed again, but its old entry is still in the heap. Skip what is stale.
-        if counts[pair] == -negative_count:
-            return pair
-    return None
-
-
-def learn_merges(pieces: Counter[str], n_merges: int) -> list[Pair]:
-    """Return up to `n_merges` merges, best first; fewer when no pair is left. `pieces`: how often each one occurs.
-
-    >>> learn_merges(Counter({"low": 5, "lot": 2, "cow": 1}), 3)
-    [(b'l', b'o'), (b'lo', b'w'), (b'lo', b't')]
-    """
-    words = [[BYTES[b] for b in piece.encode("utf-8", "replace")] for piece in pieces]
-    times = list(pieces.values())
-    counts: dict[Pair, int] = defaultdict(int)
-    where: dict[Pair, set[int]] = defaultdict(set)  # the words that hold a pair, or held it once
-    for i, word in enumerate(words):
-        for pair in count_pairs(word):
-            counts[pair] += times[i]
-            where[pair].add(i)
-
-    def entry(pair: Pair) -> tuple:
-        return -counts[pair], falling(pair[0]), falling(pair[1]), pair
-
-    heap, merges = [entry(pair) for pair in counts], []
-    heapq.heapify(heap)
-    for _ in tqdm(range(n_merges), desc="merges", leave=False, disable=None):
-        best = pop_most_frequent(heap, counts)
-        if best is None:
-            break
-        merges.append(best)
-        # Only words that hold the pair change: recounting all words here would take hours instead of seconds.
-        changes: dict[Pair, int] = defaultdict(int)
-        for i in where.pop(best):
-            old, n = words[i], times[i]
-            words[i] = new = merge(old, best)
-            for pair in count_pairs(old):
-                changes[pair] -= n
-            for pair in count_pairs(new):
-                changes[pair] += n
-                where[pair].add(i)
-        for pair, change in changes.items():
-            counts[pair] += change
-            if change and counts[pair]:
-                heapq.heappush(heap, entry(pair))
-    return merges
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (),
-              pattern: str = DEFAULT) -> "Tokenizer":
-    """Return a tokenizer learned from `texts`, with `vocab_size` tokens: 256 bytes + merges + special tokens.
-
-    It has fewer where the texts leave no pair to join. Only the distinct pieces are kept in memory.
-
-    >>> train_bpe(["aaab aaab"], vocab_size=258).merges
-    [(b'a', b'a'), (b'aa', b'a')]
-    """
-    special_tokens = tuple(special_tokens)
-    least = 256 + len(special_tokens)
-    chain.require(vocab_size >= least, f"vocab_size {vocab_size}: give {least} or more, for 256 bytes "
-                  f"and {len(special_tokens)} special tokens")
-    split, pieces = compile_pattern(pattern), Counter()
-    for text in texts:
-        for part in split_special(text, special_tokens)[::2]:
-            pieces.update(split.findall(part))
-    return Tokenizer(learn_merges(pieces, vocab_size - least), special_tokens, pattern)
-
-
-# --- cutting text ----------------------------------------------------------------------------------------------
-
-def compile_pattern(pattern: str) -> regex.Pattern:
-    """Return the compiled split pattern for a name in PATTERNS or a regular expression. Raises UserError."""
-    way_out = f"; give {', '.join(PATTERNS)} or a regular expression without groups, such as \\w+|\\W+"
-    chain.require(pattern in PATTERNS or not pattern.isidentifier(), f"pattern {pattern!r}: not known" + way_out)
-    try:
-        # Characters that a pattern leaves out become pieces of their own: nothing of a text is lost.
-        compiled = regex.compile(f"{PATTERNS.get(pattern, pattern)}|(?s:.)")
-    except regex.error as error:
-        raise chain.UserError(f"pattern {pattern!r}: {error}{way_out}")
-    chain.require(not compiled.groups, f"pattern {pattern!r}: has a group; write (?:...) for (...)")
-    chain.require(not compiled.match(""), f"pattern {pattern!r}: matches no text at all" + way_out)
-    return compiled
+    out, i = [], 0
+    while i < len(ids):
+        found = ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]
+        out.append(new if found else ids[i])
+        i += 2 if found else 1
+    return out
 
 
 def split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
-    """Cut `text` at special tokens. Even places of the result hold text, odd places special tokens.
+    """Return text, special token, text, ... text. Where several fit, the longest is taken.
 
-    >>> split_special("<|user|>Hi<|end|>", ["<|end|>", "<|user|>"])
-    ['', '<|user|>', 'Hi', '<|end|>', '']
+    >>> split_special("a<|end|>b", ["<|end|>"])
+    ['a', '<|end|>', 'b']
     """
-    longest_first = sorted(special_tokens, key=len, reverse=True)  # of "<|a|>" and "<|a|>b" take the longer
+    longest_first = sorted(special_tokens, key=len, reverse=True)
     return regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text) if longest_first else [text]
 
 
-def printable(token: bytes) -> str:
-    """Write a token as GPT-2's files do.
+def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (),
+              pattern: str = "default") -> "Tokenizer":
+    """Learn merges from `texts` until there are `vocab_size` tokens, or no pair is left: then it stops early.
 
-    >>> printable(b" the"), from_printable("Ġthe")
-    ('Ġthe', b' the')
+    Each distinct piece is held once, with its count. A merge touches only the pieces that hold its pair. The heap
+    knows the best pair; an entry whose count is no longer true is thrown away when it comes up.
+
+    >>> train_bpe(["hug hug pug"], 258).merges
+    [(b'u', b'g'), (b'h', b'ug')]
     """
-    return token.decode("latin-1").translate(LETTER_OF_BYTE)
+    special_tokens = tuple(special_tokens)
+    n_merges = vocab_size - 256 - len(special_tokens)
+    if n_merges < 0:
+        raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens alone are {vocab_size - n_merges}")
+    split, counted = regex.compile(PATTERNS.get(pattern, pattern)), Counter()
+    for text in texts:
+        for part in split_special(text, special_tokens)[::2]:  # without the special tokens: nothing merges over one
+            counted.update(match.group() for match in split.finditer(part))
+    pieces, counts = [list(to_bytes(piece)) for piece in counted], list(counted.values())
+    pair_counts, places = defaultdict(int), defaultdict(set)  # pair -> how often, and in which pieces
+    for place, ids in enumerate(pieces):
+        for pair in pairs(ids):
+            pair_counts[pair] += counts[place]
+            places[pair].add(place)
+    tokens, merges = [bytes([b]) for b in range(256)], []
+    falling = [(-b, 1) for b in range(256)]  # a token's sort key that turns the order of byte strings around
+    heap = [(-n, falling[a], falling[b], a, b) for (a, b), n in pair_counts.items()]
+    heapq.heapify(heap)
+    while len(merges) < n_merges and heap:
+        n, _, _, a, b = heapq.heappop(heap)
+        if -n != pair_counts.get((a, b)):
+            continue
+        new = len(tokens)
+        merges.append((tokens[a], tokens[b]))
+        tokens.append(tokens[a] + tokens[b])
+        falling.append((*(-byte for byte in tokens[new]), 1))  # subtle: the 1 puts a longer string before its prefix
+        for pair in replace(pieces, counts, places, pair_counts, (a, b), new):
+            if pair_counts[pair]:
+                heapq.heappush(heap, (-pair_counts[pair], falling[pair[0]], falling[pair[1]], *pair))
+            else:
+                del pair_counts[pair]
+    return Tokenizer(merges, special_tokens, pattern)
 
 
-def from_printable(letters: str) -> bytes:
-    """Undo `printable`. Raises ValueError for a letter that stands for no byte."""
-    return letters.translate(BYTE_OF_LETTER).encode("latin-1")
+def replace(pieces: list, counts: list, places: dict, pair_counts: dict, pair: tuple[int, int], new: int) -> set:
+    """Merge `pair` in the pieces that hold it, bring the counts up to date, return the pairs that changed."""
+    changed = set()
+    for place in places.pop(pair):
+        before, after = pieces[place], merge(pieces[place], pair, new)
+        pieces[place] = after
+        for old in pairs(before):
+            pair_counts[old] -= counts[place]
+            changed.add(old)
+        for young in pairs(after):
+            pair_counts[young] += counts[place]
+            places[young].add(place)
+            changed.add(young)
+    return changed
 
 
-# --- the tokenizer ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- the tokenizer
 
-class PieceCache(dict):
-    """The ids of the pieces seen so far. Words come again and again, so most of the work is looking up."""
-
-    def __init__(self, ranks: dict[Pair, int], id_of: dict[bytes, int]):
-        self.ranks, self.id_of = ranks, id_of
-
-    def __missing__(self, piece: str) -> list[int]:
-        """Encode a new piece: join the pair with the lowest rank until no pair is known."""
-        word = [BYTES[b] for b in piece.encode("utf-8", "replace")]
-        unknown = len(self.ranks)
-        while len(word) > 1:
-            best = min(pairwise(word), key=lambda pair: self.ranks.get(pair, unknown))
-            if best not in self.ranks:
-                break
-            word = merge(word, best)
-        if len(self) >= CACHED_PIECES:  # endless text must not fill the memory
-            self.clear()
-        self[piece] = ids = [self.id_of[token] for token in word]
-        return ids
+def to_bytes(text: str) -> bytes:
+    """Return UTF-8. Half a surrogate pair is no character and becomes "?"."""
+    return text.encode("utf-8", errors="replace")
 
 
 class Tokenizer:
-    """Turns text into ids and back.
+    """Text ↔ ids. `special` maps the special tokens to their ids."""
 
-    merges: pairs of tokens, in the order learned        vocab: id -> bytes, special tokens too
-    special: special token -> id                         pattern: the regular expression that cuts text into pieces
-
-    >>> t = Tokenizer([(b"h", b"e"), (b"l", b"l"), (b"he", b"ll")], ["<|end|>"])
-    >>> t.encode("hello<|end|>")[:2], t.encode("hello<|end|>", allowed_special=True)
-    ([258, 111], [258, 111, 259])
-    >>> t.decode([258, 111, 259])
-    'hello<|end|>'
-    """
-
-    def __init__(self, merges: Iterable[Pair], special_tokens: Iterable[str] = (), pattern: str = DEFAULT,
-                 ids: list[int] | None = None):
-        """`ids`: those of the 256 bytes, the merges and the special tokens, where they are not 0, 1, 2, ..."""
-        self.merges = [(first, second) for first, second in merges]
-        special_tokens = list(special_tokens)
-        if not all(special_tokens) or len(set(special_tokens)) < len(special_tokens):
-            raise ValueError(f"special tokens {special_tokens}: one is empty or there twice; remove it")
-        tokens = BYTES + [first + second for first, second in self.merges]
-        known = set(BYTES)
-        for first, second in self.merges:
-            if not {first, second} <= known:
-                raise ValueError(f"merge of {first!r} and {second!r}: one of them is no token yet; check the order")
-            known.add(first + second)
-        self.ids = list(range(len(tokens) + len(special_tokens)) if ids is None else ids)
-        self.vocab = dict(zip(self.ids, tokens + [name.encode() for name in special_tokens], strict=True))
-        self.special = dict(zip(special_tokens, self.ids[len(tokens):]))
-        self.pattern, self.splitter = PATTERNS.get(pattern, pattern), compile_pattern(pattern)
-        self.cache = PieceCache({pair: rank for rank, pair in enumerate(self.merges)}, dict(zip(tokens, self.ids)))
+    def __init__(self, merges: list[tuple[bytes, bytes]], special_tokens: Iterable[str] = (),
+                 pattern: str = "default", ids: dict[bytes, int] | None = None, special: dict[str, int] | None = None):
+        """`ids` and `special` are for published vocabularies that number their tokens otherwise than we do."""
+        self.merges, self.pattern = [(bytes(a), bytes(b)) for a, b in merges], pattern
+        tokens = dict.fromkeys([bytes([b]) for b in range(256)] + [a + b for a, b in self.merges])
+        self.ids = ids or {token: i for i, token in enumerate(tokens)}
+        self.special = special or {name: len(self.ids) + i for i, name in enumerate(special_tokens)}
+        self.vocab = {i: token for token, i in self.ids.items()} | {i: to_bytes(s) for s, i in self.special.items()}
+        # pair of ids -> (rank, id of both together)
+        self.ranks = {(self.ids[a], self.ids[b]): (i, self.ids[a + b]) for i, (a, b) in enumerate(self.merges)}
+        self.split = regex.compile(PATTERNS.get(pattern, pattern))
+        self.cache: dict[str, list[int]] = {}
 
     @property
     def n_vocab(self) -> int:
-        """Every id is smaller than this number."""
+        """One more than the largest id: the number of rows that an embedding needs."""
         return max(self.vocab) + 1
 
-    def allowed(self, allowed_special: bool | Iterable[str]) -> set[str]:
-        """Return the names of the special tokens meant by False (none), True (all) or a set of names."""
-        if isinstance(allowed_special, bool):
-            return set(self.special) if allowed_special else set()
-        if unknown := set(allowed_special) - set(self.special):
-            raise ValueError(f"special tokens {sorted(unknown)}: not known; there are {list(self.special)}")
-        return set(allowed_special)
+    def encode_piece(self, piece: str) -> list[int]:
+        """Return the ids of one piece: join the pair of the lowest rank, everywhere, until no pair has a rank."""
+        ids = [self.ids[bytes([b])] for b in to_bytes(piece)]
+        while known := [pair for pair in zip(ids, ids[1:]) if pair in self.ranks]:
+            best = min(known, key=self.ranks.__getitem__)
+            ids = merge(ids, best, self.ranks[best][1])
+        return ids
 
-    def pieces(self, text: str, special_tokens: set[str]) -> Iterator[tuple[str, list[int]]]:
-        """Yield (piece, its ids) from left to right. Each of `special_tokens` is a piece of its own."""
-        for i, part in enumerate(split_special(text, special_tokens)):
-            if i % 2:
-                yield part, [self.special[part]]
-            else:
-                for piece in self.splitter.findall(part):
-                    yield piece, self.cache[piece]
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of text in which nothing is special. The same pieces come again, so they are kept."""
+        pieces = [match.group() for match in self.split.finditer(text)]
+        if len(self.cache) > CACHED_PIECES:
+            self.cache.clear()
+        for piece in set(pieces).difference(self.cache):
+            self.cache[piece] = self.encode_piece(piece)
+        return list(flatten.from_iterable(map(self.cache.__getitem__, pieces)))
 
     def encode(self, text: str, allowed_special: bool | Iterable[str] = False) -> list[int]:
-        """Return the ids of `text`. Only special tokens that `allowed_special` names are recognised in it."""
-        return [i for _, ids in self.pieces(text, self.allowed(allowed_special)) for i in ids]
+        """Return the ids of `text`. Special tokens written in it stay text, unless allowed: True, or their names.
 
-    def encode_iterable(self, iterable: Iterable[str], allowed_special: bool | Iterable[str] = False) -> Iterator[int]:
-        """Yield the ids of all strings joined, wherever they were cut, in constant memory."""
-        special_tokens = self.allowed(allowed_special)
-        # subtle: the end of a text may change what was cut before it. "'" and "l" are two pieces until "l" follows,
-        # and "<|en" may become a special token. So a piece is settled only when this many characters follow it.
-        held_back = LOOK_AHEAD + max(map(len, special_tokens), default=0)
-        text, enough = "", 0
-        for string in iterable:
-            text += string
-            if len(text) < enough:
-                continue
-            end = 0
-            for piece, ids in self.pieces(text, special_tokens):
-                if end + len(piece) + held_back > len(text):
-                    break
-                yield from ids
-                end += len(piece)
-            text = text[end:]
-            enough = 2 * len(text)  # a long piece that comes in many strings is not cut anew for each of them
-        for _, ids in self.pieces(text, special_tokens):
-            yield from ids
+        >>> Tokenizer([(b"h", b"i")], ["<|end|>"]).encode("hi<|end|>", allowed_special=True)
+        [256, 257]
+        """
+        names = self.special if allowed_special is True else set(allowed_special or ()) & set(self.special)
+        parts = split_special(text, names)
+        return [i for n, part in enumerate(parts)
+                for i in ([self.special[part]] if n % 2 else self.encode_text(part))]
+
+    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
+        """Yield the ids of the joined strings, holding only what comes after the last safe cut in memory."""
+        rest = ""
+        for text in iterable:
+            rest += text
+            end = max((match.end() for match in SAFE_CUT.finditer(rest)), default=0)
+            yield from self.encode_text(rest[:end])
+            rest = rest[end:]
+        yield from self.encode_text(rest)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
-        try:
-            return b"".join([self.vocab[i] for i in ids]).decode("utf-8", "replace")
-        except KeyError as error:
-            raise ValueError(f"id {error}: not in this vocabulary of {len(self.vocab)} tokens; was it made by another?")
+        """Return the text of `ids`. Bytes that are no whole character (a cut-off one, say) become U+FFFD."""
+        return b"".join(self.vocab[int(i)] for i in ids).decode("utf-8", errors="replace")
 
     def encode_chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        """Return (ids, loss_mask) of a conversation. The mask is 1 where the assistant learns to write.
+        """Return (ids, loss mask) of a conversation of {"role", "content"} messages:
 
-        <|endoftext|> <|user|> Hi <|end|> <|assistant|> Hello <|end|>       special tokens in the content stay text,
-              0           0     0    0          0         1      1          so nobody can forge another's message
+            <|endoftext|> <|user|> content <|end|> <|assistant|> content <|end|>
+
+        The mask is 1 where the assistant learns: on its content and the <|end|> behind it, on nothing else. Each
+        content is encoded by itself and holds no special token, whatever it says. Raises ValueError.
         """
-        if missing := set(SPECIAL_TOKENS) - set(self.special):
-            raise ValueError(f"this tokenizer lacks {sorted(missing)}: train one with special_tokens=SPECIAL_TOKENS")
+        if missing := [name for name in SPECIAL_TOKENS if name not in self.special]:
+            raise ValueError(f"this tokenizer has no {missing[0]}: train it with special_tokens=SPECIAL_TOKENS")
         ids, mask = [self.special["<|endoftext|>"]], [0]
         for message in messages:
             if message["role"] not in ROLES:
-                raise ValueError(f"role {message['role']!r}: not known; choose one of {', '.join(ROLES)}")
-            said = self.encode(message["content"]) + [self.special["<|end|>"]]
-            ids += [self.special[f"<|{message['role']}|>"], *said]
-            mask += [0] + [int(message["role"] == "assistant")] * len(said)
+                raise ValueError(f"role {message['role']!r}: it must be one of {', '.join(ROLES)}")
+            content = [*self.encode(message["content"]), self.special["<|end|>"]]
+            ids += [self.special[f"<|{message['role']}|>"], *content]
+            mask += [0, *[int(message["role"] == "assistant")] * len(content)]
         return ids, mask
+
+    def to_dict(self) -> dict:
+        """Return all that makes this tokenizer, as plain types; bytes are written as characters 0 to 255."""
+        return {"merges": [[a.decode("latin-1"), b.decode("latin-1")] for a, b in self.merges],
+                "ids": {token.decode("latin-1"): i for token, i in self.ids.items()},
+                "special": self.special, "pattern": self.pattern}
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "Tokenizer":
+        """Return the tokenizer that `to_dict` told of. Raises KeyError, TypeError or ValueError if it is none."""
+        return cls([(a.encode("latin-1"), b.encode("latin-1")) for a, b in content["merges"]],
+                   ids={token.encode("latin-1"): i for token, i in content["ids"].items()},
+                   special=content["special"], pattern=content["pattern"])
+
+    def save(self, path) -> None:
+        """Write the tokenizer as JSON."""
+        chain.write_whole(path, lambda file: file.write(json.dumps(self.to_dict()).encode()))
+
+    @classmethod
+    def load(cls, path) -> "Tokenizer":
+        """Read what `save` wrote. Raises UserError if the file is not there or no tokenizer."""
+        chain.require(Path(path).is_file(), f"{path}: no such tokenizer; make it with `python bpe.py`")
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError, regex.error):
+            raise chain.UserError(f"{path}: cut off or no tokenizer; make it again with `python bpe.py`")
+
+    @classmethod
+    def from_gpt2(cls, vocab_json, merges_txt) -> "Tokenizer":
+        """Read GPT-2's published files. subtle: they spell each byte as a printable character, and their ids 0 to
+        255 follow the order of those characters, not of the bytes."""
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        rest = [b for b in range(256) if b not in printable]
+        byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+        lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
+        merges = [tuple(bytes(byte[c] for c in token) for token in line.split(" "))
+                  for line in lines if line and not line.startswith("#version")]
+        made, ids, special = {bytes([b]) for b in range(256)} | {a + b for a, b in merges}, {}, {}
+        for token, i in json.loads(Path(vocab_json).read_text(encoding="utf-8")).items():
+            raw = bytes(byte.get(c, 0) for c in token)
+            (ids if raw in made else special)[raw if raw in made else token] = i  # no merge makes <|endoftext|>
+        return cls(merges, pattern="gpt2", ids=ids, special=special)
+
+
+# --------------------------------------------------------------------------------------------------- the script
+
+def find_or_make(source, out: Path, vocab_size: int | None, pattern: str = "default") -> Tokenizer:
+    """Return the tokenizer in the folder `out`, or train one on the beginning of `source` and keep it there.
+
+    Raises UserError if one is there and has another size than `vocab_size` asks for.
+    """
+    path, wanted = Path(out) / "tokenizer.json", vocab_size or 1024
+    if path.exists():
+        found = Tokenizer.load(path)
+        chain.require(vocab_size in (None, found.n_vocab), f"--vocab_size {wanted}: {path} has {found.n_vocab} tokens; "
+                      "leave the flag out, or choose another --out")
+        return found
+    try:
+        made = train_bpe(islice(source.documents("train"), TRAINING_TEXTS), wanted, SPECIAL_TOKENS, pattern)
+    except (ValueError, regex.error) as error:
+        raise chain.UserError(f"--vocab_size {wanted} --pattern {pattern}: {error}")
+    if made.n_vocab < wanted:
+        print(f"--vocab_size {wanted}: the text has no pair left to merge after {made.n_vocab} tokens, stopped there")
+    made.save(path)
+    return made
+
+
+def coloured(tokenizer: Tokenizer, text: str) -> str:
+    """Return `text` cut into its tokens: in changing colours on a terminal, elsewhere between bars."""
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode(text)]
+    if not sys.stdout.isatty():
+        return "|".join(pieces)
+    return "".join(f"\x1b[30;{(103, 106, 102, 105)[i % 4]}m{piece}" for i, piece in enumerate(pieces)) + "\x1b[0m"
+
+
+@chain.command
+def main(argv=None) -> dict:
+    """Train a tokenizer, show what it does, and tell how well it packs text it has not seen."""
+    config, began = chain.parse(Config, argv, __doc__), time.perf_counter()
+    out = Path(config.out)
+    source = data.open_source(config.data, out, config.seed)
+    (out / "tokenizer.json").unlink(missing_ok=True)
+    tokenizer = find_or_make(source, out, config.vocab_size, config.pattern)
+    trained = time.perf_counter()
+    text = "".join(islice(source.documents("held-out"), 1000))
+    start = time.perf_counter()
+    n = len(tokenizer.encode(text))
+    seconds = time.perf_counter() - start
+    print(coloured(tokenizer, text[:400]))
+    metrics = {"tokens": tokenizer.n_vocab, "bytes_per_token": len(to_bytes(text)) / n,
+               "training_seconds": trained - began, "megabytes_per_second": len(to_bytes(text)) / 1e6 / seconds}
+    chain.report("bpe.py", config, metrics, time.perf_counter() - began)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -282,9 +282,9 @@ def main(argv=None) -> dict:
     """Print pages of a text and its statistics."""
     config, began = chain.parse(Config, argv, __doc__), time.perf_counter()
     source = open_source(config.data, Path(config.out), config.seed)
-    texts = list(islice(source.documents("train"), 2000))
+    starts, texts = zip(*(block for unit in islice(source.units("train"), 64) for block in unit()))
     words = {word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())}
-    metrics = {"documents": len(texts), "bytes": len("".join(texts).encode()), "distinct_words": len(words)}
+    metrics = {"documents": sum(starts), "bytes": len("".join(texts).encode()), "distinct_words": len(words)}
     pages = {f"{source.name}, its beginning": texts[0][:1000]}
     if config.data == "world":
         metrics["names"] = len({text[a:b] for text in texts for a, b in world.second_mentions(text)})

@@ -3,16 +3,17 @@
     scores = q kᵀ / √D                     how much each query wants each key; keys of the future are hidden
     out    = softmax(scores) v             a mean of the values, weighted by that
 
-`flash` never holds all scores. It walks over tiles of keys and keeps, for each query, the largest score m so far and
-the sum l of exp(score - m). When m grows, what was summed is shrunk by exp(m_old - m_new). Backward computes the
-softmax P again from logsumexp = m + log l, and uses that the softmax's gradient is P ∘ (dP - rowsum(dO ∘ O)).
+`flash` never holds all scores. It walks over tiles of keys and keeps, for each query, the largest score m so
+far and the sum l of exp(score - m). When m grows, what was summed is shrunk by exp(m_old - m_new). Backward
+computes the softmax P again from logsumexp = m + log l, and uses that the softmax's gradient is
+P ∘ (dP - rowsum(dO ∘ O)).
 
     naive    for reading: memory grows with T²
-    flash    for reading: forward and backward by hand, memory grows with T (slow: Python walks over the tiles)
+    flash    for reading: forward and backward by hand, memory grows with T (slow: Python walks the tiles)
     sdpa     for use: `torch.nn.functional.scaled_dot_product_attention`
 
 Left out: dropout on the scores, tiles over queries (they matter to the chip's memory, not to the idea).
-Papers: Vaswani 2017 (attention), Milakov 2018 (the running softmax), Dao 2022 and 2023 (Flash attention 1 and 2).
+Papers: Vaswani 2017 (attention), Milakov 2018 (the running softmax), Dao 2022, 2023 (Flash attention 1, 2).
 """
 
 import math
@@ -51,7 +52,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tens
 
 
 class FlashAttention(torch.autograd.Function):
-    """Attention over tiles of keys (Dao 2022, algorithms 1, 4). Backward needs q, k, v, o and a number a row."""
+    """Attention over tiles of keys (Dao 2022, algorithms 1, 4). Backward needs q, k, v, o, a number a row."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal, tile):

@@ -44,7 +44,7 @@ class Config:
     record: bool = option(False, "keep the results in docs/results.json and in README.md")
 
 
-# ------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------------ command line
 
 def parse(config_class: type, argv: list[str] | None, doc: str):
     """Return a `config_class` filled from `argv` (default: the command line). A bad flag exits with code 2.
@@ -60,9 +60,11 @@ def parse(config_class: type, argv: list[str] | None, doc: str):
         if types[field.name] is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
         else:
-            kind = next(t for t in typing.get_args(types[field.name]) or [types[field.name]] if t is not type(None))
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default, metavar=kind.__name__.upper(),
-                                choices=field.metadata["choices"], help=text.replace("%", "%%"))
+            either = typing.get_args(types[field.name]) or [types[field.name]]
+            kind = next(t for t in either if t is not type(None))
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default,
+                                metavar=kind.__name__.upper(), choices=field.metadata["choices"],
+                                help=text.replace("%", "%%"))
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -78,7 +80,8 @@ def command(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0)
         except OSError as error:
-            way_out = "make room, then run the same command again" if error.errno == errno.ENOSPC else "check the path"
+            is_full = error.errno == errno.ENOSPC
+            way_out = "make room, then run the same command again" if is_full else "check the path"
             message = f"{error.filename or 'writing'}: {error.strerror or error}; {way_out}"
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
@@ -102,7 +105,8 @@ def pick_device(name: str) -> str:
         return next(device for device, there in found.items() if there)
     kind = name.split(":")[0]
     require(kind in found, f"--device {name}: choose auto, cpu, cuda or mps")
-    require(found[kind], f"--device {name}: torch {torch.__version__} finds no such device here; use --device cpu")
+    require(found[kind], f"--device {name}: torch {torch.__version__} finds no such device here; "
+            "use --device cpu")
     return name
 
 
@@ -115,13 +119,15 @@ def start_rank() -> int:
         torch.distributed.init_process_group()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
     return torch.distributed.get_rank()
 
 
-# ------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------- files
 
 def write_whole(path, write) -> None:
-    """Call `write(file)` on a temporary file, sync it, then rename it to `path`. A failure leaves the old file."""
+    """Call `write(file)` on a temporary file, sync it, rename it to `path`. A failure leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -150,34 +156,37 @@ def save_checkpoint(path, *, config: dict, weights: dict, tokenizer: dict, step:
     `config` are the fields of `GPTConfig`, `tokenizer` is `Tokenizer.to_dict()`, `loss` is in nats a token.
     """
     import torch
-    content = dict(config=config, weights=weights, tokenizer=tokenizer, step=step, loss=loss, arguments=arguments,
-                   seed=arguments.get("seed"), versions=versions(), **more)
+    content = dict(config=config, weights=weights, tokenizer=tokenizer, step=step, loss=loss,
+                   arguments=arguments, seed=arguments.get("seed"), versions=versions(), **more)
 
     def write(file):
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch hides the disk's own error behind its zip writer
-            raise OSError(errno.ENOSPC, f"could not be written whole ({str(error).splitlines()[0][:80]})") from error
+            reason = str(error).splitlines()[0][:80]
+            raise OSError(errno.ENOSPC, f"could not be written whole ({reason})") from error
     write_whole(path, write)
 
 
 def load_checkpoint(path, made_by: str = "python train.py") -> dict:
-    """Return the content of a checkpoint, on the CPU. Raises UserError for a missing, cut-off or foreign file."""
+    """Return a checkpoint's content, on the CPU. Raises UserError for a missing, cut-off or foreign file."""
     import pickle
 
     import torch
     path = Path(path)
-    require(path.is_file(), f"{path}: no such checkpoint; make it with `{made_by}`, or name one with --checkpoint")
+    require(path.is_file(), f"{path}: no such checkpoint; make it with `{made_by}`, "
+            "or name one with --checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, LookupError, AttributeError, OSError):
-        raise UserError(f"{path}: cut off or not a checkpoint ({path.stat().st_size:,} bytes); delete it, make it again")
+        raise UserError(f"{path}: cut off or not a checkpoint ({path.stat().st_size:,} bytes); "
+                        "delete it, make it again")
     missing = {"config", "weights", "tokenizer", "step"} - set(content if isinstance(content, dict) else ())
     require(not missing, f"{path}: no checkpoint of this project, it lacks {', '.join(sorted(missing))}")
     return content
 
 
-# ------------------------------------------------------------------------------------------- results
+# ----------------------------------------------------------------------------------------------- results
 
 def show(value) -> str:
     """Return a metric as people read it: 4 significant digits for small numbers, commas in large ones."""
@@ -187,11 +196,12 @@ def show(value) -> str:
 
 
 def report(script: str, config, metrics: dict, seconds: float) -> None:
-    """Print `metrics` as `key: value` lines and append them, with what made them, to `<out>/results.jsonl`."""
+    """Print `metrics` as `key: value` lines; append them, with what made them, to `<out>/results.jsonl`."""
     print("---")
     for key, value in {**metrics, "seconds": seconds}.items():
         print(f"{key}: {show(value)}")
-    line = dict(script=script, arguments=dataclasses.asdict(config), seed=config.seed, device=getattr(config, "device", "cpu"),
+    line = dict(script=script, arguments=dataclasses.asdict(config), seed=config.seed,
+                device=getattr(config, "device", "cpu"),
                 versions={"python": platform.python_version()} if "torch" not in sys.modules else versions(),
                 seconds=round(seconds, 2), metrics=metrics, when=time.strftime("%Y-%m-%d %H:%M:%S"))
     path = Path(config.out) / "results.jsonl"
@@ -221,7 +231,8 @@ def markdown_table(results: list[dict]) -> str:
 
 def set_table(readme: str, table: str) -> str:
     """Return `readme` with the lines between its two `<!-- results -->` marks replaced by `table`."""
-    return re.sub(r"(<!-- results -->\n).*?(\n<!-- results -->)", lambda m: m[1] + table + m[2], readme, flags=re.S)
+    marks = r"(<!-- results -->\n).*?(\n<!-- results -->)"
+    return re.sub(marks, lambda m: m[1] + table + m[2], readme, flags=re.S)
 
 
 @command

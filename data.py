@@ -83,7 +83,7 @@ def characters(path: Path, start: int, stop: int) -> Iterator[str]:
         for skipped in range(0, start, BLOCK):
             file.read(min(BLOCK, start - skipped))
         while text := file.read(min(BLOCK, stop - start)):
-            yield NOT_UTF8.sub("\ufffd", text)
+            yield text if text.isascii() else NOT_UTF8.sub("\ufffd", text)
             start += len(text)
 
 

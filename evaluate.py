@@ -3,15 +3,16 @@
     loss            mean of -log p(token | the tokens before it), in nats a token
     bits per byte   loss / ln 2 * tokens / bytes: compares models with different tokenizers
     trigram         the loss of a table of counts that sees two tokens back, made from the same training text
-    copying         how often the second word of a never-seen two-word name is right at its second mention, given the
-                    first word. The words are known, their combination is new: only looking back finds it.
+    copying         how often the second word of a never-seen two-word name is right at its second mention,
+                    given the first word. The words are known, their combination is new: only looking back
+                    finds it.
 
     python evaluate.py                                   out/base.pt on the small world (half a minute)
     python evaluate.py --checkpoint X.pt --data FILE     any checkpoint on any text
 
 The trigram model is interpolated Kneser-Ney with one discount, the strongest of the plain counting models.
-Left out: task scores, which come with the assistant. Papers: Kneser & Ney 1995, Chen & Goodman 1999, Olsson 2022
-(copying by "induction heads": find where the token stood before, copy what followed).
+Left out: task scores, which come with the assistant. Papers: Kneser & Ney 1995, Chen & Goodman 1999, Olsson
+2022 (copying by "induction heads": find where the token stood before, copy what followed).
 """
 
 import math
@@ -44,7 +45,7 @@ class Config:
 
 @torch.no_grad()
 def mean_loss(model: GPT, ids: np.ndarray, context: int, most_tokens: int | None = None) -> float:
-    """Return the mean loss in nats a token on the first `most_tokens` of `ids`, cut into windows side by side.
+    """Return the mean loss in nats a token on the first `most_tokens` of `ids`, in windows side by side.
 
     Every token but the first is predicted once; the last window may be shorter.
     """
@@ -64,8 +65,8 @@ def mean_loss(model: GPT, ids: np.ndarray, context: int, most_tokens: int | None
 def copying(model: GPT, tokenizer: Tokenizer, documents: int, seed: int = 0) -> dict[str, float]:
     """Return how often names are repeated right at their second mention in held-out documents of the world.
 
-    "copying" is the second word given the first; "copying_whole_name" counts the first word too, though a document
-    may well go on otherwise there. Right means greedy: every token of it is the likeliest one.
+    "copying" is the second word given the first; "copying_whole_name" counts the first word too, though a
+    document may well go on otherwise there. Right means greedy: every token of it is the likeliest one.
     """
     rights, start, device = [], tokenizer.special["<|endoftext|>"], model.embedding.weight.device
     for i in range(documents):
@@ -73,7 +74,8 @@ def copying(model: GPT, tokenizer: Tokenizer, documents: int, seed: int = 0) -> 
         whole = torch.tensor([[start, *tokenizer.encode(text)]], device=device)[:, :model.config.context]
         guess = model(whole).argmax(dim=-1)[0]  # (T,): guess[t] stands for token t + 1
         for begin, end in world.second_mentions(text):
-            cuts = [1 + len(tokenizer.encode(text[:at])) for at in (max(0, begin - 1), text.index(" ", begin), end)]
+            places = max(0, begin - 1), text.index(" ", begin), end
+            cuts = [1 + len(tokenizer.encode(text[:at])) for at in places]
             if cuts[2] <= whole.shape[1]:
                 right = guess[cuts[0] - 1:cuts[2] - 1] == whole[0, cuts[0]:cuts[2]]  # one a token of the name
                 rights.append((bool(right[cuts[1] - cuts[0]:].all()), bool(right.all())))
@@ -94,12 +96,12 @@ def look_up(table: tuple[np.ndarray, np.ndarray], codes: np.ndarray) -> np.ndarr
 
 
 def trigram_loss(train: np.ndarray, held_out: np.ndarray, vocab_size: int, discount: float = 0.75) -> float:
-    """Return the loss in nats a token of an interpolated Kneser-Ney trigram model (Chen & Goodman 1999, eq. 24).
+    """Return the loss in nats a token of an interpolated Kneser-Ney trigram model (Chen 1999, eq. 24).
 
         p(c | a b) = max(n(abc) - d, 0) / n(ab) + d · kinds(ab) / n(ab) · p(c | b)
 
-    where kinds(ab) is how many different tokens followed ab, and p(c | b) counts in how many different contexts bc
-    stood in place of how often. p(c | b) backs off to p(c) alike, and p(c) to 1 / V.
+    where kinds(ab) is how many different tokens followed ab, and p(c | b) counts in how many different
+    contexts bc stood in place of how often. p(c | b) backs off to p(c) alike, and p(c) to 1 / V.
     """
     V, p = vocab_size, 1 / vocab_size
     a, b, c = (held_out[i:len(held_out) - 2 + i].astype(np.int64) for i in range(3))
@@ -107,7 +109,8 @@ def trigram_loss(train: np.ndarray, held_out: np.ndarray, vocab_size: int, disco
     trigrams = count((ids[:-2] * V + ids[1:-1]) * V + ids[2:])
     bigrams = count(trigrams[0] % (V * V))  # n(bc): in how many trigrams
     unigrams = count(bigrams[0] % V)
-    for table, context, token in ((unigrams, 0 * c, c), (bigrams, b, b * V + c), (trigrams, a * V + b, (a * V + b) * V + c)):
+    orders = ((unigrams, 0 * c, c), (bigrams, b, b * V + c), (trigrams, a * V + b, (a * V + b) * V + c))
+    for table, context, token in orders:
         keys, counts = table
         seen = np.unique(keys // V, return_inverse=True)
         totals = seen[0], np.bincount(seen[1], weights=counts)
@@ -126,13 +129,14 @@ def main(argv=None) -> dict:
     model, tokenizer, _ = load_model(path, chain.pick_device(config.device))
     source = data.open_source(config.data, Path(config.out), config.seed)
     train, held_out = data.token_files(source, tokenizer, Path(config.out), tokens=1_000_000)
-    metrics = measure(model, tokenizer, train, held_out, config.documents if config.data == "world" else 0, config.seed)
+    documents = config.documents if config.data == "world" else 0
+    metrics = measure(model, tokenizer, train, held_out, documents, config.seed)
     chain.report("evaluate.py", config, metrics, time.time() - started)
     return metrics
 
 
 def measure(model: GPT, tokenizer: Tokenizer, train, held_out, documents: int, seed: int) -> dict[str, float]:
-    """Return all measures of a model in eval mode; copying in `documents` documents of the world (0: none)."""
+    """Return all measures of a model in eval mode; copying in that many documents of the world (0: none)."""
     loss = mean_loss(model, held_out.ids, model.config.context)
     trigram = trigram_loss(train.ids, held_out.ids, tokenizer.n_vocab)
     metrics = {"validation_loss": loss, "trigram_loss": trigram, "below_trigram": 1 - loss / trigram,

@@ -49,7 +49,7 @@ class GPTConfig:
         return self.width // self.heads
 
 
-# ---------------------------------------------------------------------------------- positions and the cache
+# ------------------------------------------------------------------------------- positions and the cache
 
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Return cos and sin (context, D) of RoPE's angles, position × base^(-2i/D) (Su 2021, eq. 15)."""
@@ -72,7 +72,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """The keys and values of all tokens so far, so that a new token costs one token's work.
 
-    To take tokens back, lower `length`. Keys are kept as they were before `mix_keys`: nothing else remembers them.
+    To take tokens back, lower `length`. Keys are kept as they were before `mix_keys`: nothing else has them.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device="cpu", dtype=torch.float32):
@@ -94,7 +94,7 @@ class KVCache:
         return self.k.nbytes + self.v.nbytes
 
 
-# ------------------------------------------------------------------------------------------------ the model
+# --------------------------------------------------------------------------------------------- the model
 
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + eps) · weight, over the last dimension (Zhang 2019). eps stands inside the root."""
@@ -118,7 +118,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.H * self.D, config.width, bias=False)
         self.q_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.shift = nn.Parameter(torch.arange(1.0, self.G + 1) % 2) if config.key_shift else None  # (G,): 1, 0
+        shares = torch.arange(1.0, self.G + 1) % 2  # (G,): 1, 0, 1, 0 …
+        self.shift = nn.Parameter(shares) if config.key_shift else None
 
     def mix_keys(self, k: Tensor) -> Tensor:
         """Mix each key with the one before it, by a share that each head learns (Xu 2024). k (B, G, S, D).
@@ -192,7 +193,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Matrices N(0, 1/fan-in), outputs of a layer 0: each starts as the identity. Loss at step 0 ≈ ln V."""
+        """Matrices N(0, 1/fan-in), a layer's outputs 0: it starts as the identity. Loss at step 0 ≈ ln V."""
         for name, p in self.named_parameters():
             if name.endswith(("q_norm.weight", "k_norm.weight")):
                 p.fill_(1.5)  # scores start 1.5² times as wide: heads of 32 can point at one token
@@ -206,7 +207,8 @@ class GPT(nn.Module):
                 p.normal_(std=p.shape[1] ** -0.5)
         for block in self.blocks if self.config.key_shift else ():
             H, G, D = self.config.heads, self.config.kv_heads, self.config.head_width
-            q, k, _ = block.attention.qkv.weight.view(-1, D, self.config.width).split([H, G, G])  # (heads, D, C)
+            heads = block.attention.qkv.weight.view(-1, D, self.config.width)  # (H + 2G, D, C)
+            q, k, _ = heads.split([H, G, G])
             k[::2] = q[::H // G][::2]  # a shifted head looks for the token that it stands on
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -1,15 +1,15 @@
 """From logits to text: temperature, top-k, top-p, a repetition penalty, and tokens streamed as they are made.
 
-    scores = logits / temperature               below 1: bolder on what is likely; 0: always the likeliest (greedy)
-    top-k: keep the k likeliest tokens          top-p: keep the fewest tokens whose probabilities reach p
+    scores = logits / temperature         below 1: bolder on what is likely; 0: always the likeliest (greedy)
+    top-k: keep the k likeliest tokens    top-p: keep the fewest tokens whose probabilities reach p
     the next token is drawn from softmax(scores), written into the cache, and the model is asked again
 
-    python sample.py                                                  a new document from out/base.pt (seconds)
+    python sample.py                                                  a new document from out/base.pt
     python sample.py --prompt "The mayor of Amber Hollow is" --n 3    three ways to go on
     python sample.py --prompt "Once" --temperature 0 --show_probs     each token coloured by its probability
 
-Prefill reads the whole prompt in one pass; decode then asks for one token at a time. Decode reads every weight for
-each token, so its speed is the memory's, not the processor's: the report tells both.
+Prefill reads the whole prompt in one pass; decode then asks for one token at a time. Decode reads every
+weight for each token, so its speed is the memory's, not the processor's: the report tells both.
 Left out: beam search (it makes open-ended text worse, Holtzman 2020), and text longer than the context.
 Papers: Fan 2018 (top-k), Holtzman 2020 (top-p), Keskar 2019 (repetition penalty).
 """
@@ -39,7 +39,8 @@ class Config:
     tokens: int = chain.option(200, "the most tokens to write")
     temperature: float = chain.option(0.8, "0 is greedy, 1 the model's own probabilities")
     top_k: int = chain.option(0, "keep only the k likeliest tokens; 0 keeps all")
-    top_p: float = chain.option(0.95, "keep the likeliest tokens that together reach this probability; 1 keeps all")
+    top_p: float = chain.option(0.95, "keep the likeliest tokens that together reach this probability; "
+                                "1 keeps all")
     repetition_penalty: float = chain.option(1.0, "above 1: tokens that were seen become less likely")
     show_probs: bool = chain.option(False, "colour each token by its probability and list the runners-up")
     dollars_per_hour: float = chain.option(0.0, "what the machine costs: tells the price of a million tokens")
@@ -47,10 +48,10 @@ class Config:
     device: str = chain.option("auto", "auto, cpu, cuda or mps")
 
 
-# ------------------------------------------------------------------------------------------- logits → a token
+# -------------------------------------------------------------------------------------- logits → a token
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Return the logits (B, V) of the law to draw from: divided by `temperature`, all but top-k and top-p at -inf.
+    """Return the logits (B, V) of the law to draw from: logits / temperature, -inf for what is filtered out.
 
     `temperature` 0 keeps the likeliest token alone. Top-p keeps the token that crosses p, so at least one.
 
@@ -68,12 +69,15 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
         values, places = logits.sort(dim=-1, descending=True)  # (B, V)
         p = values.softmax(dim=-1)
         before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens
-        logits = torch.full_like(logits, -math.inf).scatter(-1, places, values.masked_fill(before >= top_p, -math.inf))
+        values = values.masked_fill(before >= top_p, -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, places, values)
     return logits
 
 
 def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Divide the positive, multiply the negative logits (B, V) of the tokens in `ids` (B, T) (Keskar 2019, eq. 2)."""
+    """Make the tokens in `ids` (B, T) less likely: divide their positive logits (B, V) by `penalty`, multiply
+    the negative ones (Keskar 2019, eq. 2).
+    """
     seen = logits.gather(-1, ids)  # (B, T)
     return logits.scatter(-1, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 
@@ -84,17 +88,20 @@ def sample_token(logits: Tensor, generator: torch.Generator | None = None) -> Te
 
 
 @torch.inference_mode()
-def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             repetition_penalty: float = 1.0, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (new ids (B, 1), the model's own logits (B, V)) up to `tokens` times, going on from ids (B, T), T ≥ 1.
+def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, repetition_penalty: float = 1.0,
+             generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go on from ids (B, T), T ≥ 1: yield (new ids (B, 1), the model's own logits (B, V)) for each new token.
 
-    It ends early when the context is full. Raises ValueError when the prompt alone does not fit.
+    It ends after `tokens`, or when the context is full. Raises ValueError when the prompt does not fit.
     """
     cache = KVCache(model.config, ids.shape[0], ids.device, model.embedding.weight.dtype)
     written = new = ids
     for _ in range(min(tokens, max(1, model.config.context - ids.shape[1] + 1))):
         logits = model(new, cache)[:, -1].float()  # (B, V)
-        scores = logits if repetition_penalty == 1 else penalise_repetition(logits, written, repetition_penalty)
+        scores = logits
+        if repetition_penalty != 1:
+            scores = penalise_repetition(logits, written, repetition_penalty)
         if temperature == 0:
             new = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
         else:
@@ -104,7 +111,7 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
         yield new, logits
 
 
-# ------------------------------------------------------------------------------------------- checkpoint → model, ids → text
+# ------------------------------------------------------------------------ checkpoint → model, ids → text
 
 ROOMS = ("base",)  # the checkpoints of the chain, in order; the last one that exists is the newest
 
@@ -129,7 +136,7 @@ def load_model(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of each token as soon as it is whole: a character of several bytes may need several tokens."""
+    """Yield each token's text once it is whole: a character of several bytes may need several tokens."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i in ids:
         yield decoder.decode(tokenizer.vocab[i])
@@ -156,28 +163,29 @@ def print_probabilities(tokenizer: Tokenizer, steps: list[tuple[int, Tensor]]) -
     print("".join(f"{colour(p)}{text}\x1b[0m" for p, (text, _) in zip(probabilities, rows)))
     for chosen, (text, p) in zip(probabilities, rows):
         top = p.topk(3)
-        runners = "   ".join(f"{tokenizer.decode([i])!r} {q:.0%}" for q, i in zip(top.values.tolist(), top.indices.tolist()))
+        runners = "   ".join(f"{tokenizer.decode([i])!r} {q:.0%}"
+                             for q, i in zip(top.values.tolist(), top.indices.tolist()))
         print(f"{colour(chosen)}{text!r:>16} {chosen:4.0%}\x1b[0m   {runners}")
 
 
-# ------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------------- the loop
 
 def complete(model: GPT, tokenizer: Tokenizer, config: Config) -> dict:
     """Print `config.n` completions of `config.prompt`, the first one as it is made; return the metrics."""
     start = [tokenizer.special["<|endoftext|>"]] if "<|endoftext|>" in tokenizer.special else []
     prompt = start + tokenizer.encode(config.prompt) or [ord("\n")]
     context = model.config.context
-    chain.require(len(prompt) <= context, f"--prompt is {len(prompt):,} tokens long, the model's context holds "
-                  f"{context:,}: shorten it, or train with a larger --context")
+    chain.require(len(prompt) <= context, f"--prompt is {len(prompt):,} tokens long, the model's context "
+                  f"holds {context:,}: shorten it, or train with a larger --context")
     device = model.embedding.weight.device
     generator = torch.Generator(device=device).manual_seed(config.seed)
     ids = torch.tensor([prompt] * config.n, device=device)  # (n, T)
     steps, times = [], [time.perf_counter()]
 
     def first_row() -> Iterator[int]:
-        for new, logits in generate(model, ids, config.tokens, temperature=config.temperature, top_k=config.top_k,
-                                    top_p=config.top_p, repetition_penalty=config.repetition_penalty,
-                                    generator=generator):
+        for new, logits in generate(model, ids, config.tokens, temperature=config.temperature,
+                                    top_k=config.top_k, top_p=config.top_p,
+                                    repetition_penalty=config.repetition_penalty, generator=generator):
             steps.append((new[:, 0].tolist(), logits[0] if config.show_probs else None))
             times.append(time.perf_counter())
             yield steps[-1][0][0]
@@ -221,11 +229,13 @@ def speed(model: GPT, config: Config, T: int, times: list[float]) -> dict:
 def main(argv=None) -> dict:
     """Write text with a checkpoint, and report what it cost."""
     config, started = chain.parse(Config, argv, __doc__), time.time()
-    chain.require(config.n >= 1 and config.tokens >= 1, f"--n {config.n} --tokens {config.tokens}: both start at 1")
+    chain.require(config.n >= 1 and config.tokens >= 1,
+                  f"--n {config.n} --tokens {config.tokens}: both start at 1")
     chain.require(config.temperature >= 0, f"--temperature {config.temperature}: it starts at 0")
     chain.require(0 < config.top_p <= 1 and config.top_k >= 0,
                   f"--top_p {config.top_p} --top_k {config.top_k}: 0 < top_p ≤ 1 and top_k ≥ 0")
-    chain.require(config.repetition_penalty > 0, f"--repetition_penalty {config.repetition_penalty}: it is above 0")
+    chain.require(config.repetition_penalty > 0,
+                  f"--repetition_penalty {config.repetition_penalty}: it is above 0")
     path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.out)
     model, tokenizer, content = load_model(path, chain.pick_device(config.device))
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, step {content['step']:,}\n")

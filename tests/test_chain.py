@@ -27,8 +27,9 @@ def test_flags_are_the_fields():
         depth=3, rate=1e-3, loud=True, mode="b")
 
 
-@pytest.mark.parametrize("argv,says", [(["--dep", "3"], "--dep"), (["--depth", "x"], "'x'"), (["--mode", "c"], "'c'"),
-                                       (["word"], "word"), (["--rate"], "--rate")])
+@pytest.mark.parametrize("argv,says", [
+    (["--dep", "3"], "--dep"), (["--depth", "x"], "'x'"), (["--mode", "c"], "'c'"), (["word"], "word"),
+    (["--rate"], "--rate")])
 def test_a_bad_flag_is_one_line(argv, says, fails):
     assert says in fails(chain.command(lambda given: chain.parse(Config, given, "")), argv)
 
@@ -55,10 +56,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_checkpoint_comes_back(tmp_path):
     weights = {"a": torch.randn(3, 2)}
-    chain.save_checkpoint(tmp_path / "x.pt", config={"depth": 1}, weights=weights, tokenizer={"merges": []}, step=7,
-                          loss=1.5, arguments={"seed": 3})
+    chain.save_checkpoint(tmp_path / "x.pt", config={"depth": 1}, weights=weights, tokenizer={"merges": []},
+                          step=7, loss=1.5, arguments={"seed": 3})
     content = chain.load_checkpoint(tmp_path / "x.pt")
-    assert torch.equal(content["weights"]["a"], weights["a"]) and content["step"] == 7 and content["seed"] == 3
+    assert torch.equal(content["weights"]["a"], weights["a"])
+    assert content["step"] == 7 and content["seed"] == 3
 
 
 def test_results_are_kept_and_shown(tmp_path, capsys):
@@ -68,7 +70,8 @@ def test_results_are_kept_and_shown(tmp_path, capsys):
     assert "tokens: 12,345" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {"script", "arguments", "seed", "device", "versions", "seconds", "metrics"} <= set(lines[0])
-    assert chain.main(["--out", str(tmp_path)]) == {"one.py": {"loss": 2.25}}, "the newest result of each script"
+    newest = chain.main(["--out", str(tmp_path)])
+    assert newest == {"one.py": {"loss": 2.25}}, "the newest result of each script"
     assert "2.25" in capsys.readouterr().out
 
 

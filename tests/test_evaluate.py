@@ -55,7 +55,7 @@ def test_every_token_is_scored_once(n, most):
 
 
 class Copier(torch.nn.Module):
-    """A model that repeats what followed when the last four tokens stood there before; else it says token 0."""
+    """A model that repeats what followed when the last four tokens stood there before, else says token 0."""
 
     def __init__(self, copies: bool):
         super().__init__()

@@ -38,7 +38,8 @@ def test_cache_rolls_back():
     model(ids[:, :6], cache)
     model(torch.randint(50, (2, 4)), cache)
     cache.length = 6  # the four tokens are taken back
-    assert (model(ids[:, 6:], cache) - model(ids)[:, 6:]).abs().max() < 1e-12, "tokens taken back left a trace"
+    difference = (model(ids[:, 6:], cache) - model(ids)[:, 6:]).abs().max()
+    assert difference < 1e-12, "tokens taken back left a trace"
 
 
 def test_past_the_context_is_a_clear_error():
@@ -71,7 +72,7 @@ def test_rope_sees_distance_only():
 
 
 def llama(weights: dict, config: GPTConfig, ids: torch.Tensor) -> torch.Tensor:
-    """A Llama forward pass in the published layout (separate q, k, v, gate, up), written apart from model.py."""
+    """A Llama forward pass in the published layout (q, k, v, gate, up apart), not made from model.py."""
     C, H, G = config.width, config.heads, config.kv_heads
     D, T = C // H, ids.shape[1]
 
@@ -92,7 +93,8 @@ def llama(weights: dict, config: GPTConfig, ids: torch.Tensor) -> torch.Tensor:
             heads = []
             for i in range(H):
                 j = i * G // H  # query heads 0 .. H/G-1 share the first key and value
-                q, k, v = h @ w["q"][i * D:(i + 1) * D].T, h @ w["k"][j * D:(j + 1) * D].T, h @ w["v"][j * D:(j + 1) * D].T
+                q = h @ w["q"][i * D:(i + 1) * D].T
+                k, v = (h @ w[name][j * D:(j + 1) * D].T for name in "kv")
                 scores = turn(q) @ turn(k).T / math.sqrt(D)
                 heads.append((scores + torch.full((T, T), -math.inf).triu(1)).softmax(-1) @ v)
             x = x + torch.cat(heads, dim=-1) @ w["o"].T
@@ -110,11 +112,13 @@ def test_a_llama_fits_by_renaming_and_concatenating():
     def rand(*shape):
         return torch.randn(shape, dtype=torch.float64) * 0.3
     for l in range(config.depth):
-        weights |= {f"{l}.q": rand(C, C), f"{l}.k": rand(2 * D, C), f"{l}.v": rand(2 * D, C), f"{l}.o": rand(C, C),
+        weights |= {f"{l}.q": rand(C, C), f"{l}.k": rand(2 * D, C),
+                    f"{l}.v": rand(2 * D, C), f"{l}.o": rand(C, C),
                     f"{l}.gate": rand(48, C), f"{l}.up": rand(48, C), f"{l}.down": rand(C, 48),
                     f"{l}.input_layernorm": rand(C), f"{l}.post_attention_layernorm": rand(C)}
     weights |= {"embed_tokens": rand(50, C), "norm": rand(C), "lm_head": rand(50, C)}
-    ours = {"embedding.weight": weights["embed_tokens"], "norm.weight": weights["norm"], "head.weight": weights["lm_head"]}
+    ours = {"embedding.weight": weights["embed_tokens"], "norm.weight": weights["norm"],
+            "head.weight": weights["lm_head"]}
     for l in range(config.depth):
         ours |= {f"blocks.{l}.attention.qkv.weight": torch.cat([weights[f"{l}.{x}"] for x in "qkv"]),
                  f"blocks.{l}.attention.out.weight": weights[f"{l}.o"],
@@ -125,18 +129,21 @@ def test_a_llama_fits_by_renaming_and_concatenating():
     model.load_state_dict(ours)
     ids = torch.randint(50, (2, 24))
     difference = (model(ids) - llama(weights, config, ids)).abs().max()
-    assert difference < 1e-5, f"off by {difference:.1e}: RoPE's pairing or the sharing of k and v is another one"
+    assert difference < 1e-5, f"off by {difference:.1e}: RoPE's pairing or the sharing of k and v differs"
 
 
-@pytest.mark.parametrize("change", [{}, {"tied": True}, {"qk_norm": False, "key_shift": False}, {"kv_heads": 4, "depth": 3}])
+@pytest.mark.parametrize("change", [
+    {}, {"tied": True}, {"qk_norm": False, "key_shift": False}, {"kv_heads": 4, "depth": 3}])
 def test_parameter_count_is_the_module_s(change):
     config = replace(SMALL, **change)
-    assert count_parameters(config) == sum(p.numel() for p in GPT(config).parameters()), f"the formula is off: {change}"
+    n = sum(p.numel() for p in GPT(config).parameters())
+    assert count_parameters(config) == n, f"the formula is off: {change}"
 
 
 def test_flops_are_three_times_two_a_weight_and_attention():
-    """Without attention's own part (T = 0 has none), 6 FLOPs for each weight of a matrix that a token passes."""
-    weights = sum(p.numel() for name, p in GPT(SMALL).named_parameters() if p.dim() == 2 and "embedding" not in name)
+    """Without attention's own part (T = 0 has none), 6 FLOPs for each weight of a matrix a token passes."""
+    weights = sum(p.numel() for name, p in GPT(SMALL).named_parameters()
+                  if p.dim() == 2 and "embedding" not in name)
     assert flops_per_token(SMALL, 10) - 12 * SMALL.depth * SMALL.width * 10 == 6 * weights
 
 
@@ -144,7 +151,8 @@ def test_loss_before_training_is_that_of_a_guess():
     torch.manual_seed(0)
     model, ids = GPT(GPTConfig()), torch.randint(1024, (4, 65))
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
-    assert abs(loss - math.log(1024)) < 0.1, f"the loss at step 0 is {loss:.3f}, a guess has ln V = {math.log(1024):.3f}"
+    guess = math.log(1024)
+    assert abs(loss - guess) < 0.1, f"the loss at step 0 is {loss:.3f}, a guess has ln V = {guess:.3f}"
 
 
 def test_every_parameter_gets_a_gradient():

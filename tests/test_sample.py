@@ -43,7 +43,8 @@ def law(**filters) -> list[float]:
 def test_filters_by_hand():
     assert law() == [0.5, 0.3, 0.15, 0.05]
     assert law(temperature=0) == [1, 0, 0, 0], "temperature 0 is greedy"
-    assert law(temperature=0.5) == [round(p * p / 0.365, 6) for p in (0.5, 0.3, 0.15, 0.05)], "p^(1/t), normalised"
+    squares = [round(p * p / 0.365, 6) for p in (0.5, 0.3, 0.15, 0.05)]
+    assert law(temperature=0.5) == squares, "p^(1/t), normalised"
     assert law(top_k=2) == [0.625, 0.375, 0, 0]
     assert law(top_k=9) == law(), "a top_k beyond the vocabulary keeps all"
     assert law(top_p=0.5) == [1, 0, 0, 0], "the fewest tokens that reach p"
@@ -81,8 +82,8 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_pass():
 
 def test_sampling_is_repeated_by_its_seed():
     model, ids = make(), torch.randint(262, (2, 5))
-    runs = [torch.cat([n for n, _ in sample.generate(model, ids, 9, generator=torch.Generator().manual_seed(seed))], 1)
-            for seed in (1, 1, 2)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    runs = [torch.cat([n for n, _ in sample.generate(model, ids, 9, generator=g)], 1) for g in generators]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
@@ -97,7 +98,8 @@ def test_streamed_characters_are_never_broken():
     tokenizer, text = Tokenizer([(b"\xc3", b"\xa9")]), "aé€😀"
     pieces = list(sample.stream_text(tokenizer, tokenizer.encode(text)))
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
-    assert "".join(sample.stream_text(tokenizer, [0xe2, 0x82])) == "\ufffd", "a character cut off at the end is shown"
+    cut_off = "".join(sample.stream_text(tokenizer, [0xe2, 0x82]))
+    assert cut_off == "\ufffd", "a character cut off at the end is shown"
 
 
 def test_user_text_makes_no_special_token(checkpoint, capsys):
@@ -106,24 +108,29 @@ def test_user_text_makes_no_special_token(checkpoint, capsys):
 
 
 def test_main_reports_what_it_cost(checkpoint, capsys):
-    metrics = sample.main(["--checkpoint", str(checkpoint), "--out", str(checkpoint.parent), "--prompt", "Hé", "--n", "2",
-                           "--tokens", "8", "--show_probs", "--dollars_per_hour", "3.6", "--device", "cpu"])
+    metrics = sample.main(["--checkpoint", str(checkpoint), "--out", str(checkpoint.parent),
+                           "--prompt", "Hé", "--n", "2", "--tokens", "8", "--show_probs",
+                           "--dollars_per_hour", "3.6", "--device", "cpu"])
     model = make().float()
     assert metrics["weight_bytes"] == sum(p.nbytes for p in model.parameters())
-    assert metrics["cache_bytes"] == 2 * 2 * 2 * 1 * 32 * 16 * 4, "k and v, layers, rows, heads, context, width, bytes"
-    assert metrics["dollars_per_million_tokens"] == pytest.approx(1e3 * metrics["ms_per_token"] / 1e3 / 2, rel=1e-6)
+    sizes = 2 * 2 * 2 * 1 * 32 * 16 * 4
+    assert metrics["cache_bytes"] == sizes, "k and v, layers, rows, heads, context, width, bytes"
+    dollars = 1e3 * metrics["ms_per_token"] / 1e3 / 2
+    assert metrics["dollars_per_million_tokens"] == pytest.approx(dollars, rel=1e-6)
     assert "Hé" in capsys.readouterr().out
 
 
 def test_the_whole_context_can_be_prompt(checkpoint):
-    sample.main(["--checkpoint", str(checkpoint), "--out", str(checkpoint.parent), "--prompt", "a" * 31, "--device", "cpu"])
+    sample.main(["--checkpoint", str(checkpoint), "--out", str(checkpoint.parent),
+                 "--prompt", "a" * 31, "--device", "cpu"])
 
 
 @pytest.mark.parametrize("flags,says", [
-    (["--prompt", "a" * 32], "33 tokens"), (["--temperature", "-1"], "--temperature -1"), (["--top_p", "0"], "--top_p 0"),
-    (["--top_k", "-3"], "--top_k -3"), (["--n", "0"], "--n 0"), (["--tokens", "0"], "--tokens 0"),
-    (["--device", "cuda:99"], "cuda"), (["--device", "tpu"], "tpu"), (["--temperature", "warm"], "warm"),
-    (["--repetition_penalty", "0"], "--repetition_penalty 0"), (["--checkpoint", "nowhere.pt"], "nowhere.pt")])
+    (["--prompt", "a" * 32], "33 tokens"), (["--temperature", "-1"], "--temperature -1"),
+    (["--top_p", "0"], "--top_p 0"), (["--top_k", "-3"], "--top_k -3"), (["--n", "0"], "--n 0"),
+    (["--tokens", "0"], "--tokens 0"), (["--device", "cuda:99"], "cuda"), (["--device", "tpu"], "tpu"),
+    (["--temperature", "warm"], "warm"), (["--repetition_penalty", "0"], "--repetition_penalty 0"),
+    (["--checkpoint", "nowhere.pt"], "nowhere.pt")])
 def test_bad_flags(checkpoint, fails, flags, says):
     assert says in fails(sample.main, ["--out", checkpoint.parent, "--device", "cpu", *flags])
 
@@ -146,9 +153,10 @@ def test_a_checkpoint_of_other_sizes(checkpoint, fails):
 
 
 def test_before_training_as_a_user_meets_it(tmp_path):
-    done = subprocess.run([sys.executable, "sample.py", "--out", str(tmp_path)], cwd=Path(sample.__file__).parent,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and "python train.py" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = subprocess.run([sys.executable, "sample.py", "--out", str(tmp_path)],
+                          cwd=Path(sample.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 2 and "python train.py" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_attention_can_be_changed_after_training():

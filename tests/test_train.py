@@ -23,14 +23,14 @@ HERE = Path(train.__file__).parent
 
 def config(**changes) -> train.Config:
     """A Config with every value set, for `fit`."""
-    values = dict(context=16, steps=30, batch_size=8, micro_batch=8, learning_rate=1e-2, device="cpu", compile="off",
-                  precision="float32")
+    values = dict(context=16, steps=30, batch_size=8, micro_batch=8, learning_rate=1e-2, device="cpu",
+                  compile="off", precision="float32")
     return train.Config(**values | changes)
 
 
 def test_cosine_rises_falls_and_stays_down():
     rates = [train.cosine_lr(s, 100, 1.0, 10) for s in range(130)]
-    assert rates[0] == 0.1 and rates[9] == 1.0, "the warm-up must be linear and reach the peak at its last step"
+    assert rates[0] == 0.1 and rates[9] == 1.0, "the warm-up must be linear and end at the peak"
     assert all(a >= b for a, b in zip(rates[9:], rates[10:])), "after the warm-up the rate must never rise"
     assert rates[55] == pytest.approx(0.5, abs=1e-9), "half-way down the cosine must be at half the peak"
     assert max(rates[100:]) == 0, "past its last step the cosine must be clamped: it rises again by itself"
@@ -47,14 +47,14 @@ def test_adamw_is_torchs(eps):
         theirs.grad = torch.randn_like(p)
         train.adamw_update(p, theirs.grad, m, v, t, 0.1, (0.9, 0.99), eps, 0.3)
         optimizer.step()
-    assert (p - theirs).abs().max() < 1e-12, "decay must be decoupled, both moments unbiased, eps outside the root"
+    assert (p - theirs).abs().max() < 1e-12, "decay is decoupled, both moments unbiased, eps outside the root"
 
 
 def test_only_matrices_decay_and_all_parameters_are_optimised():
     model = GPT(SMALL)
     matrices, others = train.make_optimizer(model, 0.1).param_groups
     assert matrices["weight_decay"] == 0.1 and all(p.dim() == 2 for p in matrices["params"])
-    assert others["weight_decay"] == 0 and all(p.dim() < 2 for p in others["params"]), "a norm or 1-D tensor decays"
+    assert others["weight_decay"] == 0 and all(p.dim() < 2 for p in others["params"]), "a norm decays"
     n = len(matrices["params"]) + len(others["params"])
     assert n == len(list(model.parameters())), "a parameter is left out of the optimizer"
 
@@ -68,7 +68,7 @@ def test_an_epoch_shows_every_window_once():
     assert len(set(seen)) == 56, "a window came twice within an epoch"
     assert len({start % 16 for start in seen}) == 1, "the windows of an epoch stand side by side"
     again, _ = train.batch(ids, 6, 8, 16, seed=3)
-    assert again[:, 0].tolist() == seen[48:], "a batch must depend on its step alone, or resuming is not exact"
+    assert again[:, 0].tolist() == seen[48:], "a batch depends on its step alone, or resuming is not exact"
     assert train.batch(ids, 0, 8, 16, seed=4)[0].tolist() != train.batch(ids, 0, 8, 16, seed=3)[0].tolist()
 
 
@@ -81,8 +81,9 @@ def test_one_batch_can_be_learnt_by_heart():
     torch.manual_seed(0)
     ids = np.random.default_rng(0).integers(0, 40, 33).astype(np.uint16)
     history, _ = train.fit(GPT(SMALL), ids, config(steps=150, batch_size=2))
-    assert abs(history[0][1] - math.log(40)) < 0.2, f"loss at step 0 is {history[0][1]:.2f}, ln V is {math.log(40):.2f}"
-    assert history[-1][1] < 0.1, f"after 150 steps on the same batch the loss is still {history[-1][1]:.2f}"
+    first, last = history[0][1], history[-1][1]
+    assert abs(first - math.log(40)) < 0.2, f"loss at step 0 is {first:.2f}, ln V is {math.log(40):.2f}"
+    assert last < 0.1, f"after 150 steps on the same batch the loss is still {last:.2f}"
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 5])
@@ -93,7 +94,7 @@ def test_accumulation_changes_nothing(micro_batch):
         models.append(GPT(SMALL).double())
         train.fit(models[-1], ids, config(steps=3, micro_batch=micro))
     difference = max((a - b).abs().max().item() for a, b in zip(*(m.parameters() for m in models)))
-    assert difference < 1e-6, f"micro-batches of {micro_batch}: weights differ by {difference:.1e}; mean over all tokens"
+    assert difference < 1e-6, f"micro-batches of {micro_batch}: weights differ by {difference:.1e}"
 
 
 def stop_at(monkeypatch, step: int, error: BaseException) -> None:
@@ -113,7 +114,8 @@ def test_resume_is_exact(train_small, tmp_path, monkeypatch):
         stop_at(patch, 13, KeyboardInterrupt())
         with pytest.raises(SystemExit) as stop:
             train_small(out="parts")
-    assert stop.value.code == 130 and not (tmp_path / "parts/base.pt").exists(), "a stopped run made a checkpoint"
+    assert stop.value.code == 130, "a stopped run exits with 130"
+    assert not (tmp_path / "parts/base.pt").exists(), "a stopped run made a checkpoint"
     train_small("--resume", out="parts")
     whole, parts = (chain.load_checkpoint(tmp_path / out / "base.pt") for out in ("whole", "parts"))
     for name, weight in whole["weights"].items():
@@ -130,7 +132,8 @@ def test_resume_takes_no_other_sizes(train_small, tmp_path, monkeypatch, fails):
     assert "--depth 3" in line and "has 2" in line, line
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights(train_small, tmp_path, monkeypatch, fails, text_file):
+def test_a_loss_that_is_no_number_stops_before_the_weights(train_small, tmp_path, monkeypatch, fails,
+                                                           text_file):
     train_small()
     good = (tmp_path / "out/base.pt").read_bytes()
     monkeypatch.setattr(train, "token_loss", lambda model, x, y, bf16: model(x).sum() * math.nan)
@@ -159,12 +162,14 @@ def test_the_checkpoint_is_self_sufficient(train_small, tmp_path):
     assert content["step"] == 20 and content["loss"] == metrics["validation_loss"]
 
 
-@pytest.mark.parametrize("depth,width,heads", [(1, 32, 1), (4, 128, 4), (6, 288, 9), (8, 512, 8), (12, 768, 12)])
+@pytest.mark.parametrize("depth,width,heads", [
+    (1, 32, 1), (4, 128, 4), (6, 288, 9), (8, 512, 8), (12, 768, 12)])
 def test_the_dial(depth, width, heads):
     c = dial.derive(train.Config(depth=depth, device="cpu"), 1024)
     assert (c.width, c.heads) == (width, heads), "depth 12 must be GPT-2's shape, depth 4 the laptop's"
     N = dial.count_parameters(dial.model_config(c, 1024)) - 2 * 1024 * c.width
-    assert c.steps * c.batch_size * c.context == pytest.approx(8 * N, rel=0.02), "tokens are tokens_per_parameter * N"
+    tokens = c.steps * c.batch_size * c.context
+    assert tokens == pytest.approx(8 * N, rel=0.02), "tokens are tokens_per_parameter * N"
 
 
 def test_the_dial_can_be_overruled():
@@ -184,7 +189,8 @@ def write(path: Path, content: bytes) -> Path:
 def test_bad_text(tmp_path, fails, name, content, says):
     if content is not None:
         write(tmp_path / name, content)
-    assert says in fails(train.main, ["--data", tmp_path / name, "--out", tmp_path / "out", "--device", "cpu"])
+    given = ["--data", tmp_path / name, "--out", tmp_path / "out", "--device", "cpu"]
+    assert says in fails(train.main, given)
 
 
 @pytest.mark.parametrize("flags,says", [
@@ -212,4 +218,5 @@ def test_a_tokenizer_of_another_size_is_named(train_small, tmp_path, fails, text
 
 
 def test_every_default_can_be_stored():
-    assert all(isinstance(v, (str, int, float, bool, type(None))) for v in dataclasses.asdict(train.Config()).values())
+    values = dataclasses.asdict(train.Config()).values()
+    assert all(isinstance(v, (str, int, float, bool, type(None))) for v in values)

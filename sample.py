@@ -17,7 +17,7 @@ Papers: Fan 2018 (top-k), Holtzman 2020 (top-p), Keskar 2019 (repetition penalty
 import codecs
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,20 +135,18 @@ def load_model(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
     return model.to(device).eval(), tokenizer, content
 
 
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield each token's text once it is whole: a character of several bytes may need several tokens."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for i in ids:
-        yield decoder.decode(tokenizer.vocab[i])
-    yield decoder.decode(b"", final=True)
+def text_decoder() -> codecs.IncrementalDecoder:
+    """Return a decoder that holds bytes back until their character is whole: tokens may cut characters."""
+    return codecs.getincrementaldecoder("utf-8")("replace")
 
 
-def until_end(ids: Iterable[int], end: int | None) -> Iterator[int]:
-    """Yield ids up to the one that ends a document."""
-    for i in ids:
-        if i == end:
-            return
-        yield i
+def until(ids: list[int], end: int | None) -> list[int]:
+    """Return the ids before the first `end`.
+
+    >>> until([5, 6, 0, 7], 0)
+    [5, 6]
+    """
+    return ids[:ids.index(end)] if end in ids else ids
 
 
 def colour(probability: float) -> str:
@@ -156,55 +154,49 @@ def colour(probability: float) -> str:
     return f"\x1b[38;5;{(196, 208, 220, 148, 46)[min(4, int(probability * 5))]}m"
 
 
-def print_probabilities(tokenizer: Tokenizer, steps: list[tuple[int, Tensor]]) -> None:
-    """Print each token in the colour of its probability, then a line a token with the three likeliest."""
-    rows = [(tokenizer.decode([i]), logits.softmax(dim=-1)) for i, logits in steps]
-    probabilities = [float(p[i]) for (i, _), (_, p) in zip(steps, rows)]
-    print("".join(f"{colour(p)}{text}\x1b[0m" for p, (text, _) in zip(probabilities, rows)))
-    for chosen, (text, p) in zip(probabilities, rows):
-        top = p.topk(3)
-        runners = "   ".join(f"{tokenizer.decode([i])!r} {q:.0%}"
-                             for q, i in zip(top.values.tolist(), top.indices.tolist()))
-        print(f"{colour(chosen)}{text!r:>16} {chosen:4.0%}\x1b[0m   {runners}")
+def print_probabilities(tokenizer: Tokenizer, ids: list[int], law: list[Tensor]) -> None:
+    """Print each token in the colour of its probability, then a line a token with the three likeliest.
+
+    `law` are the model's own logits (V,) before each token, untouched by temperature and the filters.
+    """
+    probabilities = [logits.softmax(dim=-1) for logits in law[:len(ids)]]
+    coloured = [(colour(float(p[i])), tokenizer.decode([i])) for i, p in zip(ids, probabilities)]
+    print("".join(f"{code}{text}\x1b[0m" for code, text in coloured))
+    for i, p, (code, text) in zip(ids, probabilities, coloured):
+        runners = [f"{tokenizer.decode([j])!r} {float(p[j]):.0%}" for j in p.topk(3).indices.tolist()]
+        print(f"{code}{text!r:>16} {p[i]:4.0%}\x1b[0m   {'   '.join(runners)}")
 
 
 # ---------------------------------------------------------------------------------------------- the loop
 
 def complete(model: GPT, tokenizer: Tokenizer, config: Config) -> dict:
     """Print `config.n` completions of `config.prompt`, the first one as it is made; return the metrics."""
-    start = [tokenizer.special["<|endoftext|>"]] if "<|endoftext|>" in tokenizer.special else []
-    prompt = start + tokenizer.encode(config.prompt) or [ord("\n")]
-    context = model.config.context
+    context, device = model.config.context, model.embedding.weight.device
+    end = tokenizer.special.get("<|endoftext|>")  # ends a document, and so stands before each
+    prompt = [*([] if end is None else [end]), *tokenizer.encode(config.prompt)] or tokenizer.encode("\n")
     chain.require(len(prompt) <= context, f"--prompt is {len(prompt):,} tokens long, the model's context "
                   f"holds {context:,}: shorten it, or train with a larger --context")
-    device = model.embedding.weight.device
-    generator = torch.Generator(device=device).manual_seed(config.seed)
     ids = torch.tensor([prompt] * config.n, device=device)  # (n, T)
-    steps, times = [], [time.perf_counter()]
-
-    def first_row() -> Iterator[int]:
-        for new, logits in generate(model, ids, config.tokens, temperature=config.temperature,
-                                    top_k=config.top_k, top_p=config.top_p,
-                                    repetition_penalty=config.repetition_penalty, generator=generator):
-            steps.append((new[:, 0].tolist(), logits[0] if config.show_probs else None))
-            times.append(time.perf_counter())
-            yield steps[-1][0][0]
-
-    end = start[0] if start else None
-    finished = first_row()
+    draws, decoder = torch.Generator(device).manual_seed(config.seed), text_decoder()
+    rows, law, times = [[] for _ in range(config.n)], [], [time.perf_counter()]
     print(config.prompt, end="", flush=True)
-    for piece in stream_text(tokenizer, until_end(finished, end)):
-        print(piece, end="", flush=True)
-    for _ in finished if config.n > 1 else ():  # the other rows may go on when the first has ended
-        if all(end in column for column in zip(*(row for row, _ in steps))):
+    for new, logits in generate(model, ids, config.tokens, temperature=config.temperature,
+                                top_k=config.top_k, top_p=config.top_p,
+                                repetition_penalty=config.repetition_penalty, generator=draws):
+        times.append(time.perf_counter())
+        law.append(logits[0])
+        for row, token in zip(rows, new[:, 0].tolist()):
+            row.append(token)
+        if end not in rows[0]:
+            print(decoder.decode(tokenizer.vocab[rows[0][-1]]), end="", flush=True)
+        if all(end in row for row in rows):
             break
-    print()
-    for row in range(1, config.n):
-        text = "".join(stream_text(tokenizer, until_end((ids[row] for ids, _ in steps), end)))
-        print(f"--- {row + 1}\n{config.prompt}{text}")
+    print(decoder.decode(b"", final=True))
+    for number, row in enumerate(rows[1:], 2):
+        print(f"--- {number}\n{config.prompt}{tokenizer.decode(until(row, end))}")
     if config.show_probs:
-        print_probabilities(tokenizer, [(ids[0], logits) for ids, logits in steps])
-    if len(prompt) + len(steps) > context:
+        print_probabilities(tokenizer, until(rows[0], end), law)
+    if len(prompt) + len(law) > context:
         print(f"(stopped: the context of {context} tokens is full)")
     return speed(model, config, len(prompt), times)
 

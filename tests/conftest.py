@@ -27,8 +27,9 @@ def train_small(text_file, tmp_path):
     import train
 
     def run(*flags: str, out: str = "out") -> dict:
-        return train.main(["--data", str(text_file), "--out", str(tmp_path / out), "--device", "cpu", "--depth", "2",
-                           "--context", "32", "--vocab_size", "300", "--batch_size", "4", "--steps", "20", *flags])
+        return train.main(["--data", str(text_file), "--out", str(tmp_path / out), "--device", "cpu",
+                           "--depth", "2", "--context", "32", "--vocab_size", "300", "--batch_size", "4",
+                           "--steps", "20", *flags])
     return run
 
 
@@ -41,6 +42,6 @@ def fails(capsys):
             main([str(word) for word in argv])
         lines = capsys.readouterr().err.strip().split("\n")
         assert stop.value.code == 2, f"exit code {stop.value.code} for {argv}"
-        assert len(lines) == 1 and lines[0].startswith("error: "), f"not one clear line: {lines}"
+        assert len(lines) == 1 and lines[0].startswith("error: "), f"not one line: {lines}"
         return lines[0]
     return check

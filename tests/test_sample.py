@@ -95,11 +95,11 @@ def test_it_stops_where_the_context_is_full():
 
 
 def test_streamed_characters_are_never_broken():
-    tokenizer, text = Tokenizer([(b"\xc3", b"\xa9")]), "aé€😀"
-    pieces = list(sample.stream_text(tokenizer, tokenizer.encode(text)))
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
-    cut_off = "".join(sample.stream_text(tokenizer, [0xe2, 0x82]))
-    assert cut_off == "\ufffd", "a character cut off at the end is shown"
+    tokenizer, text, decoder = Tokenizer([(b"\xc3", b"\xa9")]), "aé€😀", sample.text_decoder()
+    pieces = [decoder.decode(tokenizer.vocab[i]) for i in tokenizer.encode(text)]
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces), "half a character was shown"
+    decoder.decode(b"\xe2\x82")
+    assert decoder.decode(b"", final=True) == "\ufffd", "a character cut off at the end is shown as such"
 
 
 def test_user_text_makes_no_special_token(checkpoint, capsys):

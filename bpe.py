@@ -1,18 +1,17 @@
-"""Byte-level BPE: text becomes tokens, and tokens become text again. No text is unknown: every byte is a token.
+"""Byte-level BPE: text -> tokens, and conversations -> tokens + loss mask.
 
-    split      a regular expression cuts text into pieces (words, numbers, signs); no token crosses a cut
-    train      count all pairs of neighbours, join the most frequent pair into a new token, and so on
-    encode     in each piece join the pair that was learnt first, until no learnt pair is left
+    learn    cut texts into pieces (about a word each), written as bytes. Then again and again: join the most
+             frequent pair of neighbours into a new token. Among equals the greatest pair of byte strings.
+    encode   cut a text into pieces; in each, join the pair that was learned first, until none is left.
+    ids      0 to 255 are the bytes; then the merges, in the order learned; then the special tokens.
 
-Ids: the 256 bytes, then the merges in the order they were learnt, then the special tokens. Among pairs of equal
-count the lexicographically greatest pair of byte strings wins, so that the merges depend on the text alone.
+    python bpe.py                                     the small world: 4 seconds, 2.5 bytes a token
+    python bpe.py --data my.txt --vocab_size 8192     your own text: a file, a folder, an address, or `stdlib`
 
-    python bpe.py                                   1,024 tokens from the small world (5 s, 2.5 bytes a token)
-    python bpe.py --data my.txt --vocab_size 8192   your own text
-
-Special tokens (the end of a document, the turns of a chat) are not text. `encode` makes none out of what somebody
-wrote unless it is asked to; only `encode_chat` places them.
-Left out: normalising Unicode, a fast path in C. Papers: Sennrich 2016 (BPE), Radford 2019 (bytes, the split).
+All text has ids, and they decode to the same text (half a surrogate pair is no text, it becomes "?").
+A special token such as <|end|> is one id that no merge makes. Text holds one only where the caller allows it:
+a user who types "<|system|>" must not speak as the system.
+Left out: normalising text. Papers: Sennrich 2016 (BPE), Radford 2019 (GPT-2: bytes, cut by a pattern).
 """
 
 import heapq
@@ -22,8 +21,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain as flatten
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import regex
@@ -31,228 +29,210 @@ import regex
 import chain
 import data
 
+DEFAULT = "default"
+PATTERNS = {
+    # A word and the space before it | a digit | the end of "don't" or "she's" | signs | white space (its last
+    # space goes to the word). No piece has more than 64 characters: the time to encode one grows with its
+    # square, and no long line without spaces shall stop the program.
+    "default": r" ?[\p{L}\p{M}]{1,64}+|\p{N}|['’](?i:[sdmt]|ll|re|ve)(?![\p{L}\p{M}])"
+               r"| ?[^\s\p{L}\p{M}\p{N}]{1,64}+|\s{1,64}(?!(?<= )\S)|\s",
+    "gpt2": r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
+}
+LOOK_AHEAD = 16          # characters behind a piece that a pattern may look at; those above need 3
+CACHED_PIECES = 100_000  # about 25 MB
+TEXTS = 8_000            # to learn from: 3 MB of the small world, 130 MB of a long file
 ROLES = ("system", "user", "assistant", "tool")
 SPECIAL_TOKENS = ("<|endoftext|>", *(f"<|{role}|>" for role in ROLES), "<|end|>")
-PATTERNS = {
-    # One digit a token, so that numbers are spelled alike wherever they stand. "++" never gives back: faster.
-    "default": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-}
-SAFE_CUT = regex.compile(r"\p{L}(?=[^\p{L}\p{M}'’])|\p{N}(?=\s)")  # text cut here keeps its tokens: a word is over
-CACHED_PIECES = 1 << 18   # pieces whose ids are remembered, about 50 MB
-TRAINING_TEXTS = 8000     # documents of the world, or blocks of a file, that a tokenizer is trained on at most
+BYTES = [bytes([b]) for b in range(256)]
+Pair = tuple[bytes, bytes]
 
 
 @dataclass
 class Config:
     """The flags of `python bpe.py`."""
-    data: str = chain.option("world", "world, a file, a folder, an http(s) address, or stdlib")
+    data: str = chain.option("world", "world, stdlib, a file, a folder or an http(s) address")
+    vocab_size: int = chain.option(1024, "number of tokens: 256 bytes, the merges, 6 special tokens")
+    pattern: str = chain.option(DEFAULT, "what cuts text into pieces", choices=tuple(PATTERNS))
     out: str = chain.option("out", "folder for everything that is made")
-    vocab_size: int = chain.option(1024, "bytes, merges and special tokens together")
-    pattern: str = chain.option("default", "how text is split: default, gpt2 or a regular expression")
     seed: int = chain.option(0, "seed of the small world")
 
 
-# --------------------------------------------------------------------------------------------------- training
-
-def pairs(ids: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield the neighbours in `ids` that one merge could join. subtle: "aaa" holds "aa" once, not twice.
-
-    >>> list(pairs([1, 1, 1, 2]))
-    [(1, 1), (1, 2)]
-    """
-    overlaps = False
-    for i, (a, b) in enumerate(zip(ids, ids[1:])):
-        overlaps = a == b and i > 0 and ids[i - 1] == a and not overlaps
-        if not overlaps:
-            yield a, b
-
-
-def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """Return `ids` with every occurrence of `pair` replaced by `new`, from the left.
-
-    >>> merge([1, 2, 1, 2, 2], (1, 2), 9)
-    [9, 9, 2]
-    """
-    out, i = [], 0
-    while i < len(ids):
-        found = ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]
-        out.append(new if found else ids[i])
-        i += 2 if found else 1
-    return out
-
-
 def split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
-    """Return text, special token, text, ... text. Where several fit, the longest is taken.
+    """Cut `text` at special tokens. Even places of the result hold text, odd places special tokens.
 
-    >>> split_special("a<|end|>b", ["<|end|>"])
-    ['a', '<|end|>', 'b']
+    >>> split_special("<|user|>Hi<|end|>", ["<|user|>", "<|end|>"])
+    ['', '<|user|>', 'Hi', '<|end|>', '']
     """
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text) if longest_first else [text]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = (),
-              pattern: str = "default") -> "Tokenizer":
-    """Learn merges from `texts` until there are `vocab_size` tokens, or no pair is left: then it stops early.
+def merge(word: list[bytes], pair: Pair) -> list[bytes]:
+    """Return `word` with every `pair` of neighbours joined, from the left.
 
-    Each distinct piece is held once, with its count. A merge touches only the pieces that hold its pair. The heap
-    knows the best pair; an entry whose count is no longer true is thrown away when it comes up.
-
-    >>> train_bpe(["hug hug pug"], 258).merges
-    [(b'u', b'g'), (b'h', b'ug')]
+    >>> merge([b"a", b"a", b"a", b"b"], (b"a", b"a"))
+    [b'aa', b'a', b'b']
     """
-    special_tokens = tuple(special_tokens)
-    n_merges = vocab_size - 256 - len(special_tokens)
-    if n_merges < 0:
-        raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens alone are {vocab_size - n_merges}")
-    split, counted = regex.compile(PATTERNS.get(pattern, pattern)), Counter()
+    merged = []
+    for token in word:
+        if token == pair[1] and merged and merged[-1] == pair[0]:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
+
+
+def count_pairs(word: list[bytes]) -> list[Pair]:
+    """Return the pairs of neighbours that `merge` could join. "aaa" has one, as two would overlap.
+
+    >>> count_pairs([b"a", b"a", b"a", b"b"])
+    [(b'a', b'a'), (b'a', b'b')]
+    """
+    pairs, last = [], None
+    for pair in pairwise(word):
+        last = None if pair == last else pair
+        if last:
+            pairs.append(pair)
+    return pairs
+
+
+def learn_merges(pieces: Counter[str], n_merges: int) -> list[Pair]:
+    """Return `n_merges` merges, or fewer if no pair is left. `pieces` tells how often each piece occurs.
+
+    >>> learn_merges(Counter({"low": 5, "lot": 2, "cow": 1}), 3)
+    [(b'l', b'o'), (b'lo', b'w'), (b'lo', b't')]
+    """
+    words, times, merges, heap = [[] for _ in pieces], list(pieces.values()), [], []
+    counts = defaultdict(int)  # pair -> how often it occurs
+    where = defaultdict(set)   # pair -> the words that hold it now, or held it once
+    # A heap gives its least entry. So bytes are negated, and a 1 at the end puts "ab" before "a".
+    order = {token: [-b for b in token] + [1] for token in BYTES}
+    rewritten = {i: [BYTES[b] for b in piece.encode("utf-8", "replace")] for i, piece in enumerate(pieces)}
+    while True:
+        changes = defaultdict(int)
+        for i, word in rewritten.items():
+            for pair in count_pairs(words[i]):
+                changes[pair] -= times[i]
+            for pair in count_pairs(word):
+                changes[pair] += times[i]
+                where[pair].add(i)
+            words[i] = word
+        for pair, change in changes.items():
+            counts[pair] += change
+            if change and counts[pair]:
+                heapq.heappush(heap, (-counts[pair], order[pair[0]], order[pair[1]], pair))
+        # subtle: a count that changed was pushed anew, and its old entry must not be believed.
+        while heap and counts[heap[0][-1]] != -heap[0][0]:
+            heapq.heappop(heap)
+        if not heap or len(merges) == n_merges:
+            return merges
+        merges.append(heapq.heappop(heap)[-1])
+        order[b"".join(merges[-1])] = [-b for token in merges[-1] for b in token] + [1]
+        # Only words with this pair change. Counting all words again would take hours instead of seconds.
+        rewritten = {i: merge(words[i], merges[-1]) for i in where.pop(merges[-1])}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens=(), pattern=DEFAULT) -> "Tokenizer":
+    """Return a tokenizer of `vocab_size` tokens: bytes, merges, special tokens. Fewer if no pair is left."""
+    bare, pieces = Tokenizer([], special_tokens, pattern), Counter()
+    chain.require(vocab_size >= bare.n_vocab, f"--vocab_size {vocab_size}: give at least {bare.n_vocab}")
     for text in texts:
-        for part in split_special(text, special_tokens)[::2]:  # without the special tokens: nothing merges over one
-            counted.update(match.group() for match in split.finditer(part))
-    pieces, counts = [list(to_bytes(piece)) for piece in counted], list(counted.values())
-    pair_counts, places = defaultdict(int), defaultdict(set)  # pair -> how often, and in which pieces
-    for place, ids in enumerate(pieces):
-        for pair in pairs(ids):
-            pair_counts[pair] += counts[place]
-            places[pair].add(place)
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    falling = [(-b, 1) for b in range(256)]  # a token's sort key that turns the order of byte strings around
-    heap = [(-n, falling[a], falling[b], a, b) for (a, b), n in pair_counts.items()]
-    heapq.heapify(heap)
-    while len(merges) < n_merges and heap:
-        n, _, _, a, b = heapq.heappop(heap)
-        if -n != pair_counts.get((a, b)):
-            continue
-        new = len(tokens)
-        merges.append((tokens[a], tokens[b]))
-        tokens.append(tokens[a] + tokens[b])
-        falling.append((*(-byte for byte in tokens[new]), 1))  # subtle: the 1 puts a longer string before its prefix
-        for pair in replace(pieces, counts, places, pair_counts, (a, b), new):
-            if pair_counts[pair]:
-                heapq.heappush(heap, (-pair_counts[pair], falling[pair[0]], falling[pair[1]], *pair))
-            else:
-                del pair_counts[pair]
-    return Tokenizer(merges, special_tokens, pattern)
-
-
-def replace(pieces: list, counts: list, places: dict, pair_counts: dict, pair: tuple[int, int], new: int) -> set:
-    """Merge `pair` in the pieces that hold it, bring the counts up to date, return the pairs that changed."""
-    changed = set()
-    for place in places.pop(pair):
-        before, after = pieces[place], merge(pieces[place], pair, new)
-        pieces[place] = after
-        for old in pairs(before):
-            pair_counts[old] -= counts[place]
-            changed.add(old)
-        for young in pairs(after):
-            pair_counts[young] += counts[place]
-            places[young].add(place)
-            changed.add(young)
-    return changed
-
-
-# --------------------------------------------------------------------------------------------------- the tokenizer
-
-def to_bytes(text: str) -> bytes:
-    """Return UTF-8. Half a surrogate pair is no character and becomes "?"."""
-    return text.encode("utf-8", errors="replace")
+        for part in split_special(text, bare.special)[::2]:  # subtle: no merge may reach over a special token
+            pieces.update(bare.splitter.findall(part))
+    return Tokenizer(learn_merges(pieces, vocab_size - bare.n_vocab), bare.special, pattern)
 
 
 class Tokenizer:
-    """Text ↔ ids. `special` maps the special tokens to their ids."""
+    """Text -> ids -> text. `merges`, in the order learned; `vocab`: id -> bytes; `special`: name -> id.
 
-    def __init__(self, merges: list[tuple[bytes, bytes]], special_tokens: Iterable[str] = (),
-                 pattern: str = "default", ids: dict[bytes, int] | None = None, special: dict[str, int] | None = None):
-        """`ids` and `special` are for published vocabularies that number their tokens otherwise than we do."""
-        self.merges, self.pattern = [(bytes(a), bytes(b)) for a, b in merges], pattern
-        tokens = dict.fromkeys([bytes([b]) for b in range(256)] + [a + b for a, b in self.merges])
-        self.ids = ids or {token: i for i, token in enumerate(tokens)}
-        self.special = special or {name: len(self.ids) + i for i, name in enumerate(special_tokens)}
-        self.vocab = {i: token for token, i in self.ids.items()} | {i: to_bytes(s) for s, i in self.special.items()}
-        # pair of ids -> (rank, id of both together)
-        self.ranks = {(self.ids[a], self.ids[b]): (i, self.ids[a + b]) for i, (a, b) in enumerate(self.merges)}
-        self.split = regex.compile(PATTERNS.get(pattern, pattern))
-        self.cache: dict[str, list[int]] = {}
+    >>> tokenizer = Tokenizer([(b"h", b"i")], ["<|end|>"])
+    >>> tokenizer.encode("hi!<|end|>", allowed_special=True), tokenizer.decode([256, 33, 257])
+    ([256, 33, 257], 'hi!<|end|>')
+    """
 
-    @property
-    def n_vocab(self) -> int:
-        """One more than the largest id: the number of rows that an embedding needs."""
-        return max(self.vocab) + 1
+    def __init__(self, merges, special_tokens=(), pattern: str = DEFAULT, ids: list[int] | None = None):
+        """`pattern`: a name or a regex. `ids`: of bytes, merges, special tokens, where not 0, 1, 2, ..."""
+        self.merges, self.ids, self.pattern = [(a, b) for a, b in merges], ids, PATTERNS.get(pattern, pattern)
+        tokens, names = BYTES + [a + b for a, b in self.merges], list(dict.fromkeys(special_tokens))
+        ids = ids or range(len(tokens) + len(names))
+        self.vocab = dict(zip(ids, tokens + [name.encode() for name in names], strict=True))
+        self.n_vocab = max(ids) + 1  # every id is below it
+        self.special, self.id_of = dict(zip(names, ids[len(tokens):])), dict(zip(tokens, ids))
+        self.ranks, self.cache = {pair: rank for rank, pair in enumerate(self.merges)}, {}
+        self.splitter = regex.compile(f"{self.pattern}|(?s:.)")  # what a pattern leaves out is not lost
+        if self.splitter.groups or pattern not in PATTERNS and pattern.isidentifier():
+            raise ValueError(f"pattern {pattern!r}: give default, gpt2 or a regex with (?:...) for (...)")
 
     def encode_piece(self, piece: str) -> list[int]:
-        """Return the ids of one piece: join the pair of the lowest rank, everywhere, until no pair has a rank."""
-        ids = [self.ids[bytes([b])] for b in to_bytes(piece)]
-        while known := [pair for pair in zip(ids, ids[1:]) if pair in self.ranks]:
-            best = min(known, key=self.ranks.__getitem__)
-            ids = merge(ids, best, self.ranks[best][1])
-        return ids
-
-    def encode_text(self, text: str) -> list[int]:
-        """Return the ids of text in which nothing is special. The same pieces come again, so they are kept."""
-        pieces = [match.group() for match in self.split.finditer(text)]
-        if len(self.cache) > CACHED_PIECES:
+        """Return the ids of a piece, and keep them: join the pair of lowest rank until no pair has a rank."""
+        word, ranks = [BYTES[b] for b in piece.encode("utf-8", "replace")], self.ranks
+        while (best := min(pairwise(word), key=lambda p: ranks.get(p, len(ranks)), default=None)) in ranks:
+            word = merge(word, best)
+        if len(self.cache) >= CACHED_PIECES:  # endless text must not fill the memory
             self.cache.clear()
-        for piece in set(pieces).difference(self.cache):
-            self.cache[piece] = self.encode_piece(piece)
-        return list(flatten.from_iterable(map(self.cache.__getitem__, pieces)))
+        return self.cache.setdefault(piece, [self.id_of[token] for token in word])
+
+    def pieces(self, text: str, allowed_special) -> Iterator[tuple[str, list[int]]]:
+        """Yield (piece, its ids) from left to right. An allowed special token is a piece too."""
+        names = self.special if allowed_special is True else allowed_special or ()
+        for i, part in enumerate(split_special(text, names)):
+            if i % 2:
+                yield part, [self.special[part]]
+            else:
+                for piece in self.splitter.findall(part):
+                    yield piece, self.cache.get(piece) or self.encode_piece(piece)
 
     def encode(self, text: str, allowed_special: bool | Iterable[str] = False) -> list[int]:
-        """Return the ids of `text`. Special tokens written in it stay text, unless allowed: True, or their names.
+        """Return the ids of `text`. Special tokens in it are mere text, save those allowed (True: all)."""
+        return [i for _, ids in self.pieces(text, allowed_special) for i in ids]
 
-        >>> Tokenizer([(b"h", b"i")], ["<|end|>"]).encode("hi<|end|>", allowed_special=True)
-        [256, 257]
-        """
-        names = self.special if allowed_special is True else set(allowed_special or ()) & set(self.special)
-        parts = split_special(text, names)
-        return [i for n, part in enumerate(parts)
-                for i in ([self.special[part]] if n % 2 else self.encode_text(part))]
-
-    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
-        """Yield the ids of the joined strings, holding only what comes after the last safe cut in memory."""
-        rest = ""
-        for text in iterable:
-            rest += text
-            end = max((match.end() for match in SAFE_CUT.finditer(rest)), default=0)
-            yield from self.encode_text(rest[:end])
-            rest = rest[end:]
-        yield from self.encode_text(rest)
+    def encode_iterable(self, iterable: Iterable[str], allowed_special=False) -> Iterator[int]:
+        """Yield the ids of the strings joined, wherever they were cut, in constant memory."""
+        # subtle: what comes can change the pieces before it. "'l" is two pieces until an "l" comes, and "<|e"
+        # may become a special token. A piece is sure only when this many characters stand behind it.
+        held_back = LOOK_AHEAD + max(map(len, self.special), default=0)
+        text, enough = "", 0
+        for string in iterable:
+            text += string
+            if len(text) >= enough:
+                done = 0
+                for piece, ids in self.pieces(text, allowed_special):
+                    if done + len(piece) + held_back > len(text):
+                        break
+                    yield from ids
+                    done += len(piece)
+                text = text[done:]
+                enough = 2 * len(text)  # so that a long piece isn't cut anew for each string that it comes in
+        yield from self.encode(text, allowed_special)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`. Bytes that are no whole character (a cut-off one, say) become U+FFFD."""
-        return b"".join(self.vocab[int(i)] for i in ids).decode("utf-8", errors="replace")
+        """Return the text of `ids`. What is not UTF-8, such as half a character, becomes U+FFFD."""
+        return b"".join([self.vocab[i] for i in ids]).decode("utf-8", "replace")
 
     def encode_chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        """Return (ids, loss mask) of a conversation of {"role", "content"} messages:
-
-            <|endoftext|> <|user|> content <|end|> <|assistant|> content <|end|>
-
-        The mask is 1 where the assistant learns: on its content and the <|end|> behind it, on nothing else. Each
-        content is encoded by itself and holds no special token, whatever it says. Raises ValueError.
-        """
+        """Return (ids, loss mask) of {"role", "content"} messages. It is 1 where the assistant learns."""
+        # <|endoftext|> 0   <|user|> 0   Hi 0   <|end|> 0   <|assistant|> 0   Hello 1   <|end|> 1
         if missing := [name for name in SPECIAL_TOKENS if name not in self.special]:
-            raise ValueError(f"this tokenizer has no {missing[0]}: train it with special_tokens=SPECIAL_TOKENS")
+            raise ValueError(f"this tokenizer has no {', '.join(missing)}; make one with `python bpe.py`")
         ids, mask = [self.special["<|endoftext|>"]], [0]
         for message in messages:
             if message["role"] not in ROLES:
-                raise ValueError(f"role {message['role']!r}: it must be one of {', '.join(ROLES)}")
-            content = [*self.encode(message["content"]), self.special["<|end|>"]]
-            ids += [self.special[f"<|{message['role']}|>"], *content]
-            mask += [0, *[int(message["role"] == "assistant")] * len(content)]
+                raise ValueError(f"role {message['role']!r}: give one of {', '.join(ROLES)}")
+            said = self.encode(message["content"]) + [self.special["<|end|>"]]
+            ids += [self.special[f"<|{message['role']}|>"], *said]
+            mask += [0] + [int(message["role"] == "assistant")] * len(said)
         return ids, mask
 
     def to_dict(self) -> dict:
-        """Return all that makes this tokenizer, as plain types; bytes are written as characters 0 to 255."""
-        return {"merges": [[a.decode("latin-1"), b.decode("latin-1")] for a, b in self.merges],
-                "ids": {token.decode("latin-1"): i for token, i in self.ids.items()},
-                "special": self.special, "pattern": self.pattern}
+        """Return strings, lists and numbers only, fit for JSON and `torch.load(weights_only=True)`."""
+        merges = [[a.decode("latin-1"), b.decode("latin-1")] for a, b in self.merges]
+        return {"pattern": self.pattern, "special_tokens": [*self.special], "ids": self.ids, "merges": merges}
 
     @classmethod
     def from_dict(cls, content: dict) -> "Tokenizer":
-        """Return the tokenizer that `to_dict` told of. Raises KeyError, TypeError or ValueError if it is none."""
-        return cls([(a.encode("latin-1"), b.encode("latin-1")) for a, b in content["merges"]],
-                   ids={token.encode("latin-1"): i for token, i in content["ids"].items()},
-                   special=content["special"], pattern=content["pattern"])
+        """Undo `to_dict`. Raises KeyError, TypeError or ValueError if `content` is something else."""
+        merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in content["merges"]]
+        return cls(merges, content["special_tokens"], content["pattern"], content["ids"])
 
     def save(self, path) -> None:
         """Write the tokenizer as JSON."""
@@ -260,77 +240,58 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """Read what `save` wrote. Raises UserError if the file is not there or no tokenizer."""
-        chain.require(Path(path).is_file(), f"{path}: no such tokenizer; make it with `python bpe.py`")
+        """Read what `save` wrote. Raises UserError if the file is missing, cut off or something else."""
+        chain.require(Path(path).is_file(), f"{path}: no such tokenizer; make one with `python bpe.py`")
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError, regex.error):
-            raise chain.UserError(f"{path}: cut off or no tokenizer; make it again with `python bpe.py`")
+            raise chain.UserError(f"{path}: cut off or not a tokenizer; delete it, then run `python bpe.py`")
 
     @classmethod
     def from_gpt2(cls, vocab_json, merges_txt) -> "Tokenizer":
-        """Read GPT-2's published files. subtle: they spell each byte as a printable character, and their ids 0 to
-        255 follow the order of those characters, not of the bytes."""
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        rest = [b for b in range(256) if b not in printable]
-        byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+        """Return GPT-2's tokenizer, with its ids, from the two files in which it was published."""
+        vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
         lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-        merges = [tuple(bytes(byte[c] for c in token) for token in line.split(" "))
-                  for line in lines if line and not line.startswith("#version")]
-        made, ids, special = {bytes([b]) for b in range(256)} | {a + b for a, b in merges}, {}, {}
-        for token, i in json.loads(Path(vocab_json).read_text(encoding="utf-8")).items():
-            raw = bytes(byte.get(c, 0) for c in token)
-            (ids if raw in made else special)[raw if raw in made else token] = i  # no merge makes <|endoftext|>
-        return cls(merges, pattern="gpt2", ids=ids, special=special)
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        # subtle: a byte that can't be seen (space, newline, ...) is written there as a letter from U+0100 on.
+        unseen = [b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or 174 <= b)]
+        letters = [chr(256 + unseen.index(b)) if b in unseen else chr(b) for b in range(256)]
+        byte_of = {letter: b for b, letter in enumerate(letters)}
+        merges = [[bytes(byte_of[letter] for letter in token) for token in pair] for pair in pairs]
+        names = letters + ["".join(pair) for pair in pairs]
+        special = sorted(vocab.keys() - set(names), key=vocab.get)
+        chain.require(vocab.keys() >= set(names) and all(name.startswith("<") for name in special),
+                      f"{merges_txt}: does not make the tokens of {vocab_json}; fetch both files again")
+        return cls(merges, special, "gpt2", [vocab[name] for name in names + special])
 
 
-# --------------------------------------------------------------------------------------------------- the script
-
-def find_or_make(source, out: Path, vocab_size: int | None, pattern: str = "default") -> Tokenizer:
-    """Return the tokenizer in the folder `out`, or train one on the beginning of `source` and keep it there.
-
-    Raises UserError if one is there and has another size than `vocab_size` asks for.
-    """
-    path, wanted = Path(out) / "tokenizer.json", vocab_size or 1024
-    if path.exists():
-        found = Tokenizer.load(path)
-        chain.require(vocab_size in (None, found.n_vocab), f"--vocab_size {wanted}: {path} has {found.n_vocab} tokens; "
-                      "leave the flag out, or choose another --out")
-        return found
-    try:
-        made = train_bpe(islice(source.documents("train"), TRAINING_TEXTS), wanted, SPECIAL_TOKENS, pattern)
-    except (ValueError, regex.error) as error:
-        raise chain.UserError(f"--vocab_size {wanted} --pattern {pattern}: {error}")
-    if made.n_vocab < wanted:
-        print(f"--vocab_size {wanted}: the text has no pair left to merge after {made.n_vocab} tokens, stopped there")
-    made.save(path)
-    return made
-
-
-def coloured(tokenizer: Tokenizer, text: str) -> str:
-    """Return `text` cut into its tokens: in changing colours on a terminal, elsewhere between bars."""
-    pieces = [tokenizer.decode([i]) for i in tokenizer.encode(text)]
-    if not sys.stdout.isatty():
-        return "|".join(pieces)
-    return "".join(f"\x1b[30;{(103, 106, 102, 105)[i % 4]}m{piece}" for i, piece in enumerate(pieces)) + "\x1b[0m"
+def find_or_make(source, out, vocab_size: int | None, pattern=DEFAULT, anew: bool = False) -> Tokenizer:
+    """Return <out>/tokenizer.json. If it isn't there, or `anew` is set, learn it from `source`."""
+    path, wanted = Path(out, "tokenizer.json"), Config.vocab_size if vocab_size is None else vocab_size
+    if path.exists() and not anew:
+        tokenizer = Tokenizer.load(path)
+        chain.require(vocab_size in (None, tokenizer.n_vocab), f"--vocab_size {wanted}: {path} has "
+                      f"{tokenizer.n_vocab} tokens; leave the flag out, or choose another --out")
+    else:
+        tokenizer = train_bpe(islice(source.documents("train"), TEXTS), wanted, SPECIAL_TOKENS, pattern)
+        tokenizer.save(path)
+        if tokenizer.n_vocab < wanted:
+            print(f"--vocab_size {wanted}: no pair is left to join after {tokenizer.n_vocab} tokens")
+    return tokenizer
 
 
 @chain.command
 def main(argv=None) -> dict:
-    """Train a tokenizer, show what it does, and tell how well it packs text it has not seen."""
+    """Learn a tokenizer, save it, and show what it does to text that it has not seen."""
     config, began = chain.parse(Config, argv, __doc__), time.perf_counter()
-    out = Path(config.out)
-    source = data.open_source(config.data, out, config.seed)
-    (out / "tokenizer.json").unlink(missing_ok=True)
-    tokenizer = find_or_make(source, out, config.vocab_size, config.pattern)
-    trained = time.perf_counter()
-    text = "".join(islice(source.documents("held-out"), 1000))
-    start = time.perf_counter()
-    n = len(tokenizer.encode(text))
-    seconds = time.perf_counter() - start
-    print(coloured(tokenizer, text[:400]))
-    metrics = {"tokens": tokenizer.n_vocab, "bytes_per_token": len(to_bytes(text)) / n,
-               "training_seconds": trained - began, "megabytes_per_second": len(to_bytes(text)) / 1e6 / seconds}
+    source = data.open_source(config.data, Path(config.out), config.seed)
+    tokenizer = find_or_make(source, config.out, config.vocab_size, config.pattern, anew=True)
+    text = "".join(islice(source.documents("held-out"), 200))
+    ids = tokenizer.encode(text)
+    shown = [repr(tokenizer.decode([i]))[1:-1] for i in ids[:150]]
+    coloured = [f"\x1b[30;4{n % 6 + 1}m{token}\x1b[0m" for n, token in enumerate(shown)]
+    print("".join(coloured) if sys.stdout.isatty() else "|".join(shown))
+    metrics = {"vocab_size": tokenizer.n_vocab, "bytes_per_token": len(text.encode()) / len(ids)}
     chain.report("bpe.py", config, metrics, time.perf_counter() - began)
     return metrics
 

@@ -35,7 +35,7 @@ def train_small(text_file, tmp_path):
 
 @pytest.fixture
 def fails(capsys):
-    """Call `fails(main, argv)`: it must end in one clear line on stderr and exit code 2. Returns that line."""
+        assert stop.value.code == 2, f"exit code {stop.value.code} for {argv}"
     def check(main, argv) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

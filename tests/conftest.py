@@ -35,13 +35,13 @@ def train_small(text_file, tmp_path):
 
 @pytest.fixture
 def fails(capsys):
-        assert stop.value.code == 2, f"exit code {stop.value.code} for {argv}"
+    """Call `fails(main, argv)`: it must end in one clear line on stderr and exit code 2. Returns the line."""
     def check(main, argv) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main([str(word) for word in argv])
         lines = capsys.readouterr().err.strip().split("\n")
         assert stop.value.code == 2, f"exit code {stop.value.code} for {argv}"
-        assert len(lines) == 1 and lines[0].startswith("error: "), f"not one line: {lines}"
+        assert len(lines) == 1 and lines[0].startswith("error: "), f"not one clear line: {lines}"
         return lines[0]
     return check

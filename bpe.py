@@ -8,9 +8,8 @@
     python bpe.py                                     the small world: 3 seconds, 2.5 bytes a token
     python bpe.py --data my.txt --vocab_size 8192     your own text: a file, a folder, an address, or `stdlib`
 
-All text has ids, and they decode to the same text (half a surrogate pair is no text, it becomes "?").
-A special token such as <|end|> is one id that no merge makes. Text holds one only where the caller allows it:
-a user who types "<|system|>" must not speak as the system.
+All text has ids and decodes to itself (half a surrogate pair is no text and gives "?"). A special token like
+<|end|> is one id that no merge makes. Text holds one only where allowed: a user's "<|system|>" is plain text.
 Left out: normalising text. Papers: Sennrich 2016 (BPE), Radford 2019 (GPT-2: bytes, cut by a pattern).
 """
 
@@ -38,13 +37,12 @@ PATTERNS = {
                r"| ?[^\s\p{L}\p{M}\p{N}]{1,64}+|\s{1,64}(?!(?<= )\S)|\s",
     "gpt2": r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
 }
-LOOK_AHEAD = 16          # characters behind a piece that a pattern may look at; those above need 2
-CACHED_PIECES = 100_000  # about 25 MB
-TEXTS = 8_000            # to learn from: 3 MB of the small world, 130 MB of a long file
+LOOK_AHEAD = 16        # characters behind a piece that a pattern may look at; those above need 2
+MOST_PIECES = 200_000  # different ones in memory: about 300 MB while learning, 50 MB as the cache of `encode`
+TEXTS = 8_000          # to learn from: 3 MB of the small world, 130 MB of a long file
 ROLES = ("system", "user", "assistant", "tool")
 SPECIAL_TOKENS = ("<|endoftext|>", *(f"<|{role}|>" for role in ROLES), "<|end|>")
 BYTES = [bytes([b]) for b in range(256)]
-Pair = tuple[bytes, bytes]
 
 
 @dataclass
@@ -67,7 +65,7 @@ def split_special(text: str, special_tokens: Iterable[str]) -> list[str]:
     return regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text) if longest_first else [text]
 
 
-def merge(word: list[bytes], pair: Pair) -> list[bytes]:
+def merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
     """Return `word` with every `pair` of neighbours joined, from the left.
 
     >>> merge([b"a", b"a", b"a", b"b"], (b"a", b"a"))
@@ -82,7 +80,7 @@ def merge(word: list[bytes], pair: Pair) -> list[bytes]:
     return merged
 
 
-def count_pairs(word: list[bytes]) -> list[Pair]:
+def count_pairs(word: list[bytes]) -> list[tuple[bytes, bytes]]:
     """Return the pairs of neighbours that `merge` could join. "aaa" has one, as two would overlap.
 
     >>> count_pairs([b"a", b"a", b"a", b"b"])
@@ -96,7 +94,7 @@ def count_pairs(word: list[bytes]) -> list[Pair]:
     return pairs
 
 
-def learn_merges(pieces: Counter[str], n_merges: int) -> list[Pair]:
+def learn_merges(pieces: Counter[str], n_merges: int) -> list[tuple[bytes, bytes]]:
     """Return `n_merges` merges, or fewer if no pair is left. `pieces` tells how often each piece occurs.
 
     >>> learn_merges(Counter({"low": 5, "lot": 2, "cow": 1}), 3)
@@ -139,6 +137,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens=(), pattern=
     for text in texts:
         for part in split_special(text, bare.special)[::2]:  # subtle: no merge may reach over a special token
             pieces.update(bare.splitter.findall(part))
+        if len(pieces) > MOST_PIECES:  # of a text so large the rarest may go, they hardly change a count
+            pieces = Counter(dict(pieces.most_common(MOST_PIECES // 2)))
     return Tokenizer(learn_merges(pieces, vocab_size - bare.n_vocab), bare.special, pattern)
 
 
@@ -168,7 +168,7 @@ class Tokenizer:
         word, ranks = [BYTES[b] for b in piece.encode("utf-8", "replace")], self.ranks
         while (best := min(pairwise(word), key=lambda p: ranks.get(p, len(ranks)), default=None)) in ranks:
             word = merge(word, best)
-        if len(self.cache) >= CACHED_PIECES:  # endless text must not fill the memory
+        if len(self.cache) >= MOST_PIECES:
             self.cache.clear()
         return self.cache.setdefault(piece, [self.id_of[token] for token in word])
 

@@ -191,7 +191,7 @@ def load_checkpoint(path, made_by: str = "python train.py") -> dict:
 def show(value) -> str:
     """Return a metric as people read it: 4 significant digits for small numbers, commas in large ones."""
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -214,8 +214,11 @@ def read_results(path: Path) -> list[dict]:
     """Return the newest result of each script, in the order in which they were first run."""
     require(path.is_file(), f"{path}: no results yet; run `python train.py` first")
     newest = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        result = json.loads(line)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            result = json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: no whole result, its run was killed; delete that line")
         newest[result["script"]] = result
     return list(newest.values())
 

@@ -125,8 +125,9 @@ def trigram_loss(train: np.ndarray, held_out: np.ndarray, vocab_size: int, disco
 def main(argv=None) -> dict:
     """Measure a checkpoint on a text's held-out part."""
     config, started = chain.parse(Config, argv, __doc__), time.time()
+    config.device = chain.pick_device(config.device)
     path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.out)
-    model, tokenizer, _ = load_model(path, chain.pick_device(config.device))
+    model, tokenizer, _ = load_model(path, config.device)
     source = data.open_source(config.data, Path(config.out), config.seed)
     train, held_out = data.token_files(source, tokenizer, Path(config.out), tokens=1_000_000)
     documents = config.documents if config.data == "world" else 0

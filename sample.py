@@ -228,8 +228,9 @@ def main(argv=None) -> dict:
                   f"--top_p {config.top_p} --top_k {config.top_k}: 0 < top_p ≤ 1 and top_k ≥ 0")
     chain.require(config.repetition_penalty > 0,
                   f"--repetition_penalty {config.repetition_penalty}: it is above 0")
+    config.device = chain.pick_device(config.device)
     path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.out)
-    model, tokenizer, content = load_model(path, chain.pick_device(config.device))
+    model, tokenizer, content = load_model(path, config.device)
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, step {content['step']:,}\n")
     metrics = complete(model, tokenizer, config)
     chain.report("sample.py", config, metrics, time.time() - started)

@@ -114,12 +114,15 @@ def test_a_vocabulary_below_the_bytes_is_refused():
         train_bpe(["text"], 261, SPECIAL_TOKENS)
 
 
-def test_only_distinct_pieces_are_kept_in_memory():
+def test_endless_text_does_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(bpe, "MOST_PIECES", 500)
+    rng, names = random.Random(5), iter(lambda: "".join(rng.choices("stuvwxyz", k=8)), "")
     tracemalloc.start()
-    train_bpe(("the same old words again and again\n" * 10 for _ in range(2000)), 300)
+    tokenizer = train_bpe(("the cat sat\n" * 20 * (i < 100) + next(names) for i in range(2000)), 256 + 6)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 600_000, f"700 KB of text with 6 different words took {peak:,} bytes"
+    assert peak < 1e6, f"text with 2,000 rare words took {peak:,} bytes"
+    assert {b"the", b"cat", b" sat"} <= set(tokenizer.vocab.values()), "the frequent words were forgotten too"
 
 
 @pytest.mark.parametrize("pattern", list(PATTERNS))
@@ -160,7 +163,7 @@ def test_what_the_patterns_cut():
 
 def test_the_cache_is_bounded_and_changes_nothing(monkeypatch):
     want = Tokenizer(trained().merges).encode(TEXT)
-    monkeypatch.setattr(bpe, "CACHED_PIECES", 3)
+    monkeypatch.setattr(bpe, "MOST_PIECES", 3)
     tokenizer = Tokenizer(trained().merges)
     assert tokenizer.encode(TEXT) == want == tokenizer.encode(TEXT)
     assert len(tokenizer.cache) <= 3, f"{len(tokenizer.cache)} pieces are kept, 3 were allowed"

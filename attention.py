@@ -103,7 +103,8 @@ def tile_scores(q: Tensor, k: Tensor, keys: slice, scale: float, causal: bool) -
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, tile: int = 128) -> Tensor:
     """The same in tiles of `tile` keys, with memory linear in T. Shapes as in `naive_attention`."""
-    return FlashAttention.apply(q, k, v, causal, tile)
+    with torch.autocast(q.device.type, enabled=False):  # backward runs outside autocast: one type for both
+        return FlashAttention.apply(q, k.to(q.dtype), v.to(q.dtype), causal, tile)
 
 
 ATTENTION = {"naive": naive_attention, "flash": flash_attention, "sdpa": sdpa_attention}

@@ -15,6 +15,7 @@ tokenizer and the data do without it and should start fast.
 
 import argparse
 import dataclasses
+import datetime
 import errno
 import functools
 import json
@@ -26,6 +27,8 @@ import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -46,14 +49,19 @@ class Config:
 
 # ------------------------------------------------------------------------------------------ command line
 
+class Parser(argparse.ArgumentParser):
+    """The standard one, but a bad flag is a UserError."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
 def parse(config_class: type, argv: list[str] | None, doc: str):
     """Return a `config_class` filled from `argv` (default: the command line). A bad flag exits with code 2.
 
     A `bool` field is a switch. A field of type `X | None` may stay None: the script then derives its value.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see --help"))
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
@@ -65,7 +73,10 @@ def parse(config_class: type, argv: list[str] | None, doc: str):
             parser.add_argument(f"--{field.name}", type=kind, default=field.default,
                                 metavar=kind.__name__.upper(), choices=field.metadata["choices"],
                                 help=text.replace("%", "%%"))
-    return config_class(**vars(parser.parse_args(argv)))
+    config = config_class(**vars(parser.parse_args(argv)))
+    seed = getattr(config, "seed", 0)
+    require(0 <= seed < 2 ** 63, f"--seed {seed}: give a number from 0 to 2^63 - 1")
+    return config
 
 
 def command(main):
@@ -83,6 +94,10 @@ def command(main):
             is_full = error.errno == errno.ENOSPC
             way_out = "make room, then run the same command again" if is_full else "check the path"
             message = f"{error.filename or 'writing'}: {error.strerror or error}; {way_out}"
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            message = f"{str(error).splitlines()[0][:90]}; use a smaller --micro_batch, --n or --context"
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             raise SystemExit(130)
@@ -105,7 +120,8 @@ def pick_device(name: str) -> str:
         return next(device for device, there in found.items() if there)
     kind = name.split(":")[0]
     require(kind in found, f"--device {name}: choose auto, cpu, cuda or mps")
-    require(found[kind], f"--device {name}: torch {torch.__version__} finds no such device here; "
+    there = found[kind] and int(name.partition(":")[2] or 0) < max(1, torch.cuda.device_count())
+    require(there, f"--device {name}: torch {torch.__version__} finds no such device here; "
             "use --device cpu")
     return name
 
@@ -115,22 +131,48 @@ def start_rank() -> int:
     if "RANK" not in os.environ:
         return 0
     import torch
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not torch.distributed.is_initialized():  # the others wait while the first one writes all tokens
+        torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))
     if torch.distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     return torch.distributed.get_rank()
 
 
-# ------------------------------------------------------------------------------------------------- files
+class Clock:
+    """Shows how training goes: a bar on a terminal, else lines in columns. Five steps warm up, untimed."""
+
+    def __init__(self, steps: int, tokens: int, mfu: float, show: bool):
+        """`tokens` a step; `mfu`: the share of the GPU's peak that one token a second takes, 0 if unknown."""
+        self.steps, self.tokens, self.mfu, self.show = steps, tokens, mfu, show
+        self.ticks, self.seconds, self.last = 0, 0.0, 0.0
+        self.bar = tqdm(total=steps, unit="step", disable=None if show else True)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training alone."""
+        return max(0, self.ticks - 5) * self.tokens / self.seconds if self.seconds else 0.0
+
+    def tick(self, step: int, text: str) -> None:
+        """Count a step that has just ended, and show it with `text`."""
+        now, self.ticks = time.perf_counter(), self.ticks + 1
+        self.seconds += now - self.last if self.ticks > 5 else 0
+        self.last = now
+        text += f"  {self.tokens_per_second:,.0f} tokens/s"
+        text += f"  MFU {self.tokens_per_second * self.mfu:.0%}" if self.mfu else ""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step + 1 - self.bar.n)
+        if self.show and self.bar.disable and (step + 1) % max(1, self.steps // 50) == 0:
+            left = (self.steps - step - 1) * self.seconds / max(1, self.ticks - 5)
+            print(f"step {step + 1:>6}/{self.steps}  {text}  {left:5.0f} s left", flush=True)
+
 
 def write_whole(path, write) -> None:
     """Call `write(file)` on a temporary file, sync it, rename it to `path`. A failure leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -138,7 +180,8 @@ def write_whole(path, write) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # name the file that the user knows
+        # Name the file that the user knows, unless it is another file that failed.
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -185,8 +228,6 @@ def load_checkpoint(path, made_by: str = "python train.py") -> dict:
     require(not missing, f"{path}: no checkpoint of this project, it lacks {', '.join(sorted(missing))}")
     return content
 
-
-# ----------------------------------------------------------------------------------------------- results
 
 def show(value) -> str:
     """Return a metric as people read it: 4 significant digits for small numbers, commas in large ones."""

@@ -1,8 +1,8 @@
 """The dial: `--depth` sets the shape of a model and how long it trains; the device sets how it computes.
 
     width  = depth * min(64, 8 * depth)               tokens = tokens_per_parameter * N       (Chinchilla: 20)
-    heads  = width / 32, or width / 64                batch  = 2048 tokens * sqrt(tokens / 6e6)
-    hidden = 8/3 * width                              learning rate = 3e-3 * 128 / width
+    heads  = width / 32, from depth 8 on / 64         batch  = 2048 tokens * sqrt(tokens / 6e6), 2048 at least
+    hidden = 8/3 * width, in steps of 32              learning rate = 3e-3 * 128 / width
 
 N counts the parameters without embedding and head. Every value is printed with its formula, and a flag of
 train.py overrules it. The anchors, 2,048 tokens a batch and 3e-3 at width 128, were found on the small world.
@@ -17,7 +17,7 @@ import torch
 import chain
 from model import GPTConfig, count_parameters
 
-# The most FLOPs a second that a chip multiplies matrices with: 16 bit, dense, by its maker's data sheet.
+# The most FLOPs a second of matrix products: 16 bit, dense, by the maker's data sheet (of the SXM form).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12, "T4": 65e12}
 
 
@@ -31,12 +31,15 @@ def derive(config, vocab_size: int):
         setattr(c, field, value if given is None else given)
         print(f"{field:>14} = {getattr(c, field):<10,} {formula if given is None else 'as given'}")
 
+    for field in ("tokens_per_parameter", "weight_decay"):
+        chain.require(0 <= getattr(c, field) < 1e6, f"--{field} {getattr(c, field)}: give a number from 0 on")
     fill("depth", 8 if c.device.startswith("cuda") else 4, "this device trains it in minutes")
     head = 32 if c.depth < 8 else 64
     width = c.depth * min(64, 8 * c.depth)
     fill("width", -(-width // head) * head, f"depth * min(64, 8 * depth), rounded up to heads of {head}")
     fill("heads", max(1, c.width // head), f"width / {head}")
-    chain.require(c.width % (2 * c.heads) == 0, f"--heads {c.heads}: {c.width} / heads must be even")
+    chain.require(c.width % (2 * c.heads) == 0,
+                  f"--width {c.width} --heads {c.heads}: width / heads must be even")
     fill("hidden", -(-c.width * 8 // 96) * 32, "8/3 * width costs what a plain 4 * width does (Shazeer 2020)")
     fill("context", 256 if c.depth < 8 else 1024, "256 for small models, 1024 as in GPT-2")
     N = count_parameters(model_config(c, vocab_size)) - 2 * vocab_size * c.width
@@ -65,11 +68,14 @@ def settle(c) -> None:
     of attention into something faster than torch's kernel, as long as T² is small.
     """
     on_cuda, on_cpu = c.device.startswith("cuda"), c.device == "cpu"
-    long = on_cuda or c.steps * c.batch_size * c.context * c.depth * c.width ** 2 > 1e11
+    tokens = c.steps * c.batch_size * c.context
+    long = on_cuda or 6 * tokens * 12 * c.depth * c.width ** 2 > 7e12  # FLOPs: two cores take about a minute
     if c.compile == "auto":
-        c.compile = "on" if long and c.device != "mps" and can_compile() else "off"
+        c.compile = "on" if long and c.device != "mps" and can_compile(c.device) else "off"
     if c.precision == "auto":
-        pays = torch.cuda.is_bf16_supported() if on_cuda else on_cpu and c.compile == "on" and has_bfloat16()
+        pays = on_cpu and c.compile == "on" and has_bfloat16()
+        if on_cuda:
+            pays = torch.cuda.is_bf16_supported(including_emulation=False)
         c.precision = "bfloat16" if pays else "float32"
     if c.attention == "auto":
         c.attention = "naive" if on_cpu and c.compile == "on" and c.context <= 512 else "sdpa"
@@ -77,10 +83,10 @@ def settle(c) -> None:
         print(f"{field:>14} = {getattr(c, field)}")
 
 
-def can_compile() -> bool:
-    """Return whether torch.compile works here: on a CPU it needs a C++ compiler."""
+def can_compile(device: str) -> bool:
+    """Return whether torch.compile works here: on a CPU it needs a C++ compiler, on CUDA Triton."""
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         return True
     except Exception:  # whatever the reason, the plain path does the same
         return False
@@ -95,4 +101,4 @@ def has_bfloat16() -> bool:
 def peak_flops(device: str) -> float:
     """Return the FLOPs a second of the GPU's data sheet; infinity where it is not known."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else ""
-    return next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), float("inf"))
+    return next((flops for chip, flops in PEAK_FLOPS.items() if chip in name.split()), float("inf"))

@@ -31,6 +31,8 @@ from bpe import Tokenizer
 from model import GPT
 from sample import load_model, newest_checkpoint
 
+MOST_TOKENS = 1_000_000  # of held-out text, and ten times that of training text: more moves no measure
+
 
 @dataclass
 class Config:
@@ -44,21 +46,21 @@ class Config:
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, ids: np.ndarray, context: int, most_tokens: int | None = None) -> float:
+def mean_loss(model: GPT, ids: np.ndarray, context: int, most_tokens: int) -> float:
     """Return the mean loss in nats a token on the first `most_tokens` of `ids`, in windows side by side.
 
     Every token but the first is predicted once; the last window may be shorter.
     """
-    device, ids = model.embedding.weight.device, ids[:most_tokens and most_tokens + 1]
-    total, n_whole = 0.0, (len(ids) - 1) // context
-    starts = np.arange(n_whole * context + 1) if n_whole else np.arange(1)
-    whole = torch.from_numpy(ids[starts].astype(np.int64)).to(device)
-    x, y = whole[:-1].view(n_whole, context), whole[1:].view(n_whole, context)  # (windows, T)
-    rest = torch.from_numpy(ids[n_whole * context:].astype(np.int64)).to(device)[None]  # (1, what is left)
-    for xs, ys in [*zip(x.split(32), y.split(32)), (rest[:, :-1], rest[:, 1:])]:
-        if ys.numel():
-            total += F.cross_entropy(model(xs).float().flatten(0, 1), ys.flatten(), reduction="sum").item()
-    return total / (len(ids) - 1)
+    device, n, total = model.embedding.weight.device, min(len(ids) - 1, most_tokens), 0.0
+    step = 32 * context  # tokens at once
+    for start in range(0, n, step):
+        rows = torch.from_numpy(ids[start:min(start + step, n) + 1].astype(np.int64)).to(device)
+        whole = (len(rows) - 1) // context * context
+        for x, y in ((rows[:whole].view(-1, context), rows[1:whole + 1].view(-1, context)),  # (windows, T)
+                     (rows[None, whole:-1], rows[None, whole + 1:])):  # (1, what is left)
+            if y.numel():
+                total += F.cross_entropy(model(x).float().flatten(0, 1), y.flatten(), reduction="sum").item()
+    return total / n
 
 
 @torch.no_grad()
@@ -137,9 +139,12 @@ def main(argv=None) -> dict:
 
 
 def measure(model: GPT, tokenizer: Tokenizer, train, held_out, documents: int, seed: int) -> dict[str, float]:
-    """Return all measures of a model in eval mode; copying in that many documents of the world (0: none)."""
-    loss = mean_loss(model, held_out.ids, model.config.context)
-    trigram = trigram_loss(train.ids, held_out.ids, tokenizer.n_vocab)
+    """Return all measures of a model, on at most MOST_TOKENS of each part of a text (data.Tokens).
+
+    Copying is looked for in so many `documents` of the world; 0 for other texts.
+    """
+    loss = mean_loss(model, held_out.ids, model.config.context, MOST_TOKENS)
+    trigram = trigram_loss(train.ids[:10 * MOST_TOKENS], held_out.ids[:MOST_TOKENS], tokenizer.n_vocab)
     metrics = {"validation_loss": loss, "trigram_loss": trigram, "below_trigram": 1 - loss / trigram,
                "bits_per_byte": loss / math.log(2) * len(held_out.ids) / held_out.n_bytes}
     return metrics | (copying(model, tokenizer, documents, seed) if documents else {})

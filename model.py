@@ -35,7 +35,7 @@ class GPTConfig:
     width: int = 128            # C
     heads: int = 4              # H
     kv_heads: int = 4           # G
-    hidden: int = 384           # F
+    hidden: int = 352           # F
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tied: bool = False          # head and embedding share their weights

@@ -223,7 +223,8 @@ def main(argv=None) -> dict:
     config, started = chain.parse(Config, argv, __doc__), time.time()
     chain.require(config.n >= 1 and config.tokens >= 1,
                   f"--n {config.n} --tokens {config.tokens}: both start at 1")
-    chain.require(config.temperature >= 0, f"--temperature {config.temperature}: it starts at 0")
+    chain.require(config.temperature == 0 or 0.01 <= config.temperature < 1e6,
+                  f"--temperature {config.temperature}: give 0 (greedy), or 0.01 and more")
     chain.require(0 < config.top_p <= 1 and config.top_k >= 0,
                   f"--top_p {config.top_p} --top_k {config.top_k}: 0 < top_p ≤ 1 and top_k ≥ 0")
     chain.require(config.repetition_penalty > 0,

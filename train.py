@@ -98,7 +98,7 @@ def make_optimizer(model: torch.nn.Module, decay: float) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-8, fused=True)  # nanoGPT's for small batches
 
 
 @functools.lru_cache(maxsize=2)
@@ -134,7 +134,7 @@ def token_loss(model, x: Tensor, y: Tensor, bfloat16: bool) -> Tensor:
 def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dict | None = None) -> tuple:
     """Train `model` on `ids` up to step `c.steps`; return (history of (step, loss), tokens/s).
 
-    Ten times on the way it calls `look(step)` and `save(step, optimizer, history)`; `state` is what was
+    Up to ten times on the way it calls `look(step)` and `save(step, optimizer, history)`; `state` is what was
     saved, to go on from. Raises UserError at a loss that is not finite, before it reaches the weights.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -143,8 +143,9 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
         optimizer.load_state_dict(state["optimizer"])
     parallel = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     loss_of = torch.compile(token_loss) if c.compile == "on" else token_loss
-    warmup, every = max(1, min(100, c.steps // 10)), max(1, c.steps // 10)
-    clock = Clock(c, flops_per_token(model.config, c.context), rank, ranks)
+    warmup, every = max(1, min(100, c.steps // 10)), -(-c.steps // 10)
+    mfu = flops_per_token(model.config, c.context) / peak_flops(c.device) / ranks  # of one token a second
+    clock = chain.Clock(c.steps, c.batch_size * c.context, mfu, show=rank == 0)
     for step in range(len(history), c.steps):
         rate = cosine_lr(step, c.steps, c.learning_rate, warmup)
         for group in optimizer.param_groups:
@@ -158,8 +159,8 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # of all tensors together
         loss = loss.item()
-        chain.require(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient {norm}; the "
-                      f"last checkpoint is good: try less than --learning_rate {c.learning_rate:.1e}")
+        chain.require(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient {norm}; what was "
+                      f"saved is good. Start again with less than --learning_rate {c.learning_rate:.1e}")
         optimizer.step()
         optimizer.zero_grad()
         history.append((step, loss))
@@ -174,46 +175,24 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
     return history, clock.tokens_per_second
 
 
-class Clock:
-    """Shows how the run goes: a bar on a terminal, else lines in columns. Five steps warm up, untimed."""
-
-    def __init__(self, c: Config, flops: int, rank: int, ranks: int):
-        self.c, self.rank, self.ticks, self.seconds, self.last = c, rank, 0, 0.0, 0.0
-        self.share = flops / peak_flops(c.device) / ranks  # of the peak, that one token/s takes
-        self.bar = tqdm(total=c.steps, unit="step", disable=None if rank == 0 else True)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of training alone."""
-        tokens = max(0, self.ticks - 5) * self.c.batch_size * self.c.context
-        return tokens / self.seconds if self.seconds else 0.0
-
-    def tick(self, step: int, text: str) -> None:
-        """Count a step that has just ended, and show it with `text`."""
-        now, self.ticks = time.perf_counter(), self.ticks + 1
-        self.seconds += now - self.last if self.ticks > 5 else 0
-        self.last = now
-        text += f"  {self.tokens_per_second:,.0f} tokens/s"
-        if self.share:
-            text += f"  MFU {self.tokens_per_second * self.share:.0%}"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(step + 1 - self.bar.n)
-        if self.rank == 0 and self.bar.disable and (step + 1) % max(1, self.c.steps // 50) == 0:
-            left = (self.c.steps - step - 1) * self.seconds / max(1, self.ticks - 5)
-            print(f"step {step + 1:>6}/{self.c.steps}  {text}  {left:5.0f} s left", flush=True)
-
-
 def read_state(given: Config) -> tuple[dict, Config]:
-    """Return what a stopped run saved, and its Config. A flag that contradicts it is a UserError."""
+    """Return what a stopped run saved, and its Config; only how it computes may be another than before.
+
+    Raises UserError if nothing was saved, or if a flag contradicts what was.
+    """
     path = Path(given.out, f"{given.name}.resume.pt")
-    chain.require(path.is_file(), f"--resume: {path} is not there, no run was stopped; leave --resume out")
+    chain.require(path.is_file(), f"--resume: {path} is not there, no run was saved; leave --resume out")
     state = chain.load_checkpoint(path)
-    kept = Config(**state["arguments"])
+    free = ("out", "resume", "device", "compile", "precision", "attention")
+    chain.require({"optimizer", "history", "text"} <= set(state), f"{path}: nothing to resume; delete it")
+    values = state["arguments"]
     for field in dataclasses.fields(Config):
-        value, old = getattr(given, field.name), getattr(kept, field.name)
-        chain.require(value in (field.default, old) or field.name in ("out", "resume"),
-                      f"--{field.name} {value}: the stopped run has {old}; leave out that flag, or --resume")
-    return state, dataclasses.replace(kept, out=given.out, resume=True)
+        value, old = getattr(given, field.name), values.get(field.name)
+        if field.name in free:
+            values[field.name] = old if value == field.default else value
+        chain.require(field.name in free or value in (field.default, old), f"--{field.name} {value}: "
+                      f"the stopped run has {old}; leave out that flag, or --resume")
+    return state, Config(**values)
 
 
 def save_curve(history: list[tuple], path: Path) -> None:
@@ -230,23 +209,30 @@ def save_curve(history: list[tuple], path: Path) -> None:
 
 
 def prepare(given: Config, state: dict | None, rank: int) -> tuple:
-    """Return (settled Config, tokenizer, training tokens, held-out tokens), making what is missing."""
-    source = data.open_source(given.data, Path(given.out), given.seed)
+    """Return (settled Config, tokenizer, training tokens, held-out tokens, identity of the text).
+
+    What is missing is made by the first process; the others wait, and find it.
+    """
     if rank > 0:
-        dist.barrier()  # the first process makes the tokenizer and the tokens, the others find them
+        dist.barrier()
+    source = data.open_source(given.data, Path(given.out), given.seed)
     if state:
+        chain.require(state["text"] == source.identity, f"--resume: {given.data} is another text than when "
+                      "the run stopped; bring that back, or start anew without --resume")
         tokenizer = bpe.Tokenizer.from_dict(state["tokenizer"])
     else:
-        tokenizer = bpe.find_or_make(source, Path(given.out), given.vocab_size)
+        tokenizer = bpe.find_or_make(source, given.out, given.vocab_size)
     c = derive(given, tokenizer.n_vocab)
-    settle(c)
     tokens = c.steps * c.batch_size * c.context + 2 * c.context
     train, held_out = data.token_files(source, tokenizer, Path(c.out), tokens)
     if rank == 0 and dist.is_initialized():
         dist.barrier()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    chain.require(c.batch_size % ranks == 0, f"--batch_size {c.batch_size}: {ranks} processes can't share it")
     chain.require(len(train.ids) > c.context + 1, f"--data {c.data}: {len(train.ids):,} training tokens do "
                   f"not fill the context of {c.context:,}; give more text or a smaller --context")
-    return c, tokenizer, train, held_out
+    settle(c)  # after the workers that write tokens: compiling starts threads, and threads do not fork
+    return c, tokenizer, train, held_out, source.identity
 
 
 @chain.command
@@ -257,7 +243,7 @@ def main(argv=None) -> dict:
     if given.resume:
         state, given = read_state(given)
     given.device = chain.pick_device(given.device)
-    c, tokenizer, train, held_out = prepare(given, state, rank)
+    c, tokenizer, train, held_out, text = prepare(given, state, rank)
     torch.manual_seed(c.seed)
     model = GPT(model_config(c, tokenizer.n_vocab)).to(c.device)
     if state:
@@ -271,25 +257,28 @@ def main(argv=None) -> dict:
                               step=step, loss=loss, arguments=dataclasses.asdict(c), **more)
 
     def look(step: int) -> None:
-        text = f"step {step}: validation loss {mean_loss(model, held_out.ids, c.context, 20_000):.4f}"
+        told = f"step {step}: validation loss {mean_loss(model, held_out.ids, c.context, 20_000):.4f}"
         if c.data == "world":
-            text += f", copying {copying(model, tokenizer, 60, c.seed)['copying']:.0%}"
+            told += f", copying {copying(model, tokenizer, 60, c.seed)['copying']:.0%}"
         draws = torch.Generator(c.device).manual_seed(c.seed)
         new = [int(i) for i, _ in generate(model, prompt, 48, temperature=0.7, generator=draws)]
-        tqdm.write(f"  {text}; it writes {tokenizer.decode(new)!r}")
+        tqdm.write(f"  {told}; it writes {tokenizer.decode(new)!r}")
 
     def save(step: int, optimizer, history: list) -> None:
-        checkpoint(stopped, step, history[-1][1], optimizer=optimizer.state_dict(), history=history)
+        checkpoint(stopped, step, history[-1][1], optimizer=optimizer.state_dict(), history=history,
+                   text=text)
 
+    if not state and rank == 0:
+        stopped.unlink(missing_ok=True)  # of an older run: --resume must not go on with that
     history, speed = fit(model, train.ids, c, look, save, state)
     if rank > 0:
         return {}
+    checkpoint(path, c.steps, history[-1][1])
+    stopped.unlink(missing_ok=True)
     metrics = {"parameters": count_parameters(model.config), "tokens_per_second": speed,
                "training_tokens": c.steps * c.batch_size * c.context,
                "training_loss": float(np.mean([loss for _, loss in history[-50:]]))}
     metrics |= measure(model, tokenizer, train, held_out, 300 if c.data == "world" else 0, c.seed)
-    checkpoint(path, c.steps, metrics["validation_loss"])
-    stopped.unlink(missing_ok=True)
     save_curve(history, path.with_suffix(".png"))
     chain.report("train.py", c, metrics, time.time() - started)
     return metrics

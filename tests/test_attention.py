@@ -92,3 +92,11 @@ def test_flash_memory_is_linear_in_time():
 def test_visible_is_aligned_at_the_end():
     seen = visible(2, 4, "cpu").tolist()
     assert seen == [[True, True, True, False], [True] * 4], "queries are the last positions"
+
+
+def test_flash_under_autocast_has_gradients():
+    q, k, v = (t.detach().float().requires_grad_() for t in qkv(9, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        o = flash_attention(q, k, v.bfloat16(), True, 4)
+    o.sum().backward()
+    assert all(t.grad.isfinite().all() for t in (q, k, v)), "mixed precision breaks flash's backward"

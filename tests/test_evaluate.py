@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,12 +42,12 @@ def test_trigram_is_kneser_ney():
     assert ours == pytest.approx(kneser_ney(train, test, 8), abs=1e-9)
 
 
-@pytest.mark.parametrize("n,most", [(33, None), (40, None), (9, None), (100, 48)])
+@pytest.mark.parametrize("n,most", [(33, 999), (40, 999), (9, 999), (100, 48), (1200, 999)])
 def test_every_token_is_scored_once(n, most):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=20, context=16, depth=1, width=32, heads=1, kv_heads=1, hidden=32))
     ids = np.random.default_rng(0).integers(0, 20, n).astype(np.uint16)
-    used, losses = ids[:most + 1] if most else ids, []
+    used, losses = ids[:most + 1], []
     for i in range(0, len(used) - 1, 16):
         window = torch.from_numpy(used[i:i + 17].astype(np.int64))
         losses += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none").tolist()
@@ -79,3 +80,12 @@ def test_copying_is_what_it_says():
     assert good["copying"] > 0.6, f"a model that looks back four tokens copies most names: {good['copying']}"
     assert bad["copying"] == bad["copying_whole_name"] == 0, "a model that never copies must score 0"
     assert good["copying_whole_name"] <= good["copying"]
+
+
+def test_bits_per_byte_counts_bytes():
+    model = GPT(GPTConfig(vocab_size=20, context=16, depth=1, width=32, heads=1, kv_heads=1, hidden=32))
+    ids = np.random.default_rng(0).integers(0, 20, 400).astype(np.uint16)
+    part = SimpleNamespace(ids=ids, n_bytes=800)
+    metrics = evaluate.measure(model, SimpleNamespace(n_vocab=20), part, part, 0, 0)
+    bits = metrics["validation_loss"] / math.log(2)
+    assert metrics["bits_per_byte"] == pytest.approx(bits / 2), "400 tokens stand for 800 bytes"

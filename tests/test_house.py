@@ -1,6 +1,8 @@
 """The promises that every file keeps: short, in order, documented, and no arrow that points back."""
 
 import ast
+import doctest
+import importlib
 import json
 import re
 import subprocess
@@ -65,6 +67,12 @@ def test_no_arrow_points_back(path):
     assert path.stem in MAY_IMPORT, f"{path.name}: say in this test whom it may import"
     wrong = taken & rooms - MAY_IMPORT[path.stem]
     assert not wrong, f"{path.name} imports {wrong}; an arrow never points back"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_the_examples_in_docstrings_are_true(path):
+    results = doctest.testmod(importlib.import_module(path.stem))
+    assert results.failed == 0, f"{path.name}: {results.failed} of {results.attempted} examples are wrong"
 
 
 @pytest.mark.parametrize("room", ["bpe", "data", "world", "chain"])

@@ -97,18 +97,24 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
     """
     cache = KVCache(model.config, ids.shape[0], ids.device, model.embedding.weight.dtype)
     written = new = ids
-    for _ in range(min(tokens, max(1, model.config.context - ids.shape[1] + 1))):
-        logits = model(new, cache)[:, -1].float()  # (B, V)
-        scores = logits
-        if repetition_penalty != 1:
-            scores = penalise_repetition(logits, written, repetition_penalty)
-        if temperature == 0:
-            new = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
-        else:
-            new = sample_token(filter_logits(scores, temperature, top_k, top_p), generator)  # (B, 1)
-        if repetition_penalty != 1:
-            written = torch.cat([written, new], dim=1)  # (B, T + 1)
-        yield new, logits
+    threads = torch.get_num_threads()
+    try:
+        if sum(p.numel() for p in model.parameters()) * ids.shape[0] < 2e7:
+            torch.set_num_threads(1)  # so short a step takes longer when cores share it
+        for _ in range(min(tokens, max(1, model.config.context - ids.shape[1] + 1))):
+            logits = model(new, cache)[:, -1].float()  # (B, V)
+            scores = logits
+            if repetition_penalty != 1:
+                scores = penalise_repetition(logits, written, repetition_penalty)
+            if temperature == 0:
+                new = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                new = sample_token(filter_logits(scores, temperature, top_k, top_p), generator)  # (B, 1)
+            if repetition_penalty != 1:
+                written = torch.cat([written, new], dim=1)  # (B, T + 1)
+            yield new, logits
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------ checkpoint → model, ids → text

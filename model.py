@@ -125,8 +125,9 @@ class Attention(nn.Module):
         """Mix each key with the one before it, by a share that each head learns (Xu 2024). k (B, G, S, D).
 
         A head with share 1 whose q and k matrices start equal looks, from birth, at what followed when the
-        present token stood there before: it is an induction head, and copying need not be discovered. On the
-        small world 6 M tokens bring the copying of new names to 97 %, without the shift to 10 %.
+        present token stood there before: it is an induction head, and copying need not be discovered. On a
+        first version of the small world, 6 M tokens brought the copying of new names to 97 %; without the
+        shift, with a share of the previous token's embedding added to each token instead, to 10 %.
         """
         before = F.pad(k[:, :, :-1], (0, 0, 1, 0))  # (B, G, S, D)
         return torch.lerp(k, before, self.shift[:, None, None].to(k.dtype))

@@ -37,7 +37,7 @@ class Config:
     prompt: str = chain.option("", "text to go on from; without one, a new document")
     n: int = chain.option(1, "how many completions, made as one batch")
     tokens: int = chain.option(200, "the most tokens to write")
-    temperature: float = chain.option(0.8, "0 is greedy, 1 the model's own probabilities")
+    temperature: float = chain.option(0.7, "0 is greedy, 1 the model's own probabilities")
     top_k: int = chain.option(0, "keep only the k likeliest tokens; 0 keeps all")
     top_p: float = chain.option(0.95, "keep the likeliest tokens that together reach this probability; "
                                 "1 keeps all")

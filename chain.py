@@ -211,13 +211,13 @@ def save_checkpoint(path, *, config: dict, weights: dict, tokenizer: dict, step:
     write_whole(path, write)
 
 
-def load_checkpoint(path, made_by: str = "python train.py") -> dict:
+def load_checkpoint(path) -> dict:
     """Return a checkpoint's content, on the CPU. Raises UserError for a missing, cut-off or foreign file."""
     import pickle
 
     import torch
     path = Path(path)
-    require(path.is_file(), f"{path}: no such checkpoint; make it with `{made_by}`, "
+    require(path.is_file(), f"{path}: no such checkpoint; make it with `python train.py`, "
             "or name one with --checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

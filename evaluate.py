@@ -85,11 +85,6 @@ def copying(model: GPT, tokenizer: Tokenizer, documents: int, seed: int = 0) -> 
     return {"copying": second, "copying_whole_name": name, "copying_names": len(rights)}
 
 
-def count(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct codes in order, and how often each stands there."""
-    return np.unique(codes, return_counts=True)
-
-
 def look_up(table: tuple[np.ndarray, np.ndarray], codes: np.ndarray) -> np.ndarray:
     """Return the count of each code, 0 where the table has none."""
     keys, counts = table
@@ -108,9 +103,10 @@ def trigram_loss(train: np.ndarray, held_out: np.ndarray, vocab_size: int, disco
     V, p = vocab_size, 1 / vocab_size
     a, b, c = (held_out[i:len(held_out) - 2 + i].astype(np.int64) for i in range(3))
     ids = train.astype(np.int64)
-    trigrams = count((ids[:-2] * V + ids[1:-1]) * V + ids[2:])
-    bigrams = count(trigrams[0] % (V * V))  # n(bc): in how many trigrams
-    unigrams = count(bigrams[0] % V)
+    # Each table: the distinct codes in order, and how often each stands there.
+    trigrams = np.unique((ids[:-2] * V + ids[1:-1]) * V + ids[2:], return_counts=True)
+    bigrams = np.unique(trigrams[0] % (V * V), return_counts=True)  # n(bc): in how many trigrams
+    unigrams = np.unique(bigrams[0] % V, return_counts=True)
     orders = ((unigrams, 0 * c, c), (bigrams, b, b * V + c), (trigrams, a * V + b, (a * V + b) * V + c))
     for table, context, token in orders:
         keys, counts = table

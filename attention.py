@@ -23,46 +23,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True,
+                    segments: Tensor | None = None) -> Tensor:
     """Return softmax(q kᵀ / √D) v. q (B, H, T, D), k and v (B, H, S, D) with S ≥ T → (B, H, T, D).
 
-    The T queries are the *last* T of the S positions: query i sees the keys up to i + S - T.
+    The T queries are the *last* T of the S positions: query i sees the keys up to i + S - T. Where several
+    texts share a row, `segments` (B, S) numbers them, and a query sees the keys of its own text alone.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if causal:
-        scores = scores.masked_fill(~visible(q.shape[-2], k.shape[-2], q.device), -math.inf)
+        scores = scores.masked_fill(~visible(q.shape[-2], k.shape[-2], q.device, segments), -math.inf)
     return scores.softmax(dim=-1) @ v  # (B, H, T, D)
 
 
-def visible(T: int, S: int, device, keys: slice = slice(None)) -> Tensor:
+def visible(T: int, S: int, device, segments: Tensor | None = None, keys: slice = slice(None)) -> Tensor:
     """Return the causal mask (T, keys) of the last T of S positions: True where a query may see a key.
 
-    >>> visible(2, 3, "cpu").int().tolist()
-    [[1, 1, 0], [1, 1, 1]]
+    With `segments` (B, S) it is (B, 1, T, keys), and also hides what belongs to another segment.
+
+    >>> visible(2, 3, "cpu").int().tolist(), visible(2, 3, "cpu", torch.tensor([[5, 8, 8]])).int().tolist()
+    ([[1, 1, 0], [1, 1, 1]], [[[[0, 1, 0], [0, 1, 1]]]])
     """
-    return torch.arange(S, device=device)[keys] <= torch.arange(S - T, S, device=device)[:, None]
+    causal = torch.arange(S, device=device)[keys] <= torch.arange(S - T, S, device=device)[:, None]
+    if segments is None:
+        return causal
+    return causal & (segments[:, None, S - T:, None] == segments[:, None, None, keys])  # (B, 1, T, keys)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True,
+                   segments: Tensor | None = None) -> Tensor:
     """The same by torch's fused kernel. Shapes as in `naive_attention`."""
     T, S = q.shape[-2], k.shape[-2]
     # subtle: with fewer queries than keys `is_causal` would line up the first query with the first key
-    mask = visible(T, S, q.device) if causal and 1 < T < S else None  # one new token sees everything
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and T == S)
+    needs_mask = causal and (1 < T < S or segments is not None)  # one new token sees everything
+    mask = visible(T, S, q.device, segments) if needs_mask else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                          is_causal=causal and T == S and not needs_mask)
 
 
 class FlashAttention(torch.autograd.Function):
     """Attention over tiles of keys (Dao 2022, algorithms 1, 4). Backward needs q, k, v, o, a number a row."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, tile):
+    def forward(ctx, q, k, v, causal, segments, tile):
         scale = 1 / math.sqrt(q.shape[-1])
         o = torch.zeros_like(q)  # (B, H, T, D): the sum of exp(score - m) v so far
         m = q.new_full((*q.shape[:-1], 1), -math.inf)  # (B, H, T, 1): the largest score so far
         l = torch.zeros_like(m)  # (B, H, T, 1): the sum of exp(score - m) so far
         for j in range(0, k.shape[-2], tile):
             keys = slice(j, j + tile)
-            scores = tile_scores(q, k, keys, scale, causal)  # (B, H, T, tile)
+            scores = tile_scores(q, k, keys, scale, causal, segments)  # (B, H, T, tile)
             m_new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))
             # subtle: a row that saw no key yet has m = -inf, and -inf - -inf is nan; any finite m will do
             m_safe = m_new.masked_fill(m_new == -math.inf, 0)
@@ -73,38 +83,40 @@ class FlashAttention(torch.autograd.Function):
             m = m_new
         o = o / l.clamp(min=torch.finfo(l.dtype).tiny)
         lse = m + l.log()  # (B, H, T, 1): logsumexp of the row's scores, enough to compute P again
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o, lse, segments)
         ctx.causal, ctx.tile, ctx.scale = causal, tile, scale
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, o, lse, segments = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
         delta = (do * o).sum(dim=-1, keepdim=True)  # (B, H, T, 1): rowsum(dO ∘ O) = rowsum(P ∘ dP)
         lse = lse.masked_fill(lse == -math.inf, 0)
         for j in range(0, k.shape[-2], ctx.tile):
             keys = slice(j, j + ctx.tile)
-            p = torch.exp(tile_scores(q, k, keys, ctx.scale, ctx.causal) - lse)  # (B, H, T, tile)
+            scores = tile_scores(q, k, keys, ctx.scale, ctx.causal, segments)  # (B, H, T, tile)
+            p = torch.exp(scores - lse)
             dv[..., keys, :] = p.transpose(-2, -1) @ do
             ds = p * (do @ v[..., keys, :].transpose(-2, -1) - delta) * ctx.scale  # (B, H, T, tile)
             dq += ds @ k[..., keys, :]
             dk[..., keys, :] = ds.transpose(-2, -1) @ q
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
-def tile_scores(q: Tensor, k: Tensor, keys: slice, scale: float, causal: bool) -> Tensor:
+def tile_scores(q: Tensor, k: Tensor, keys: slice, scale: float, causal: bool, segments) -> Tensor:
     """Return the masked scores (B, H, T, tile) of all queries and one tile of keys."""
     scores = q @ k[..., keys, :].transpose(-2, -1) * scale
     if causal:
-        scores = scores.masked_fill(~visible(q.shape[-2], k.shape[-2], q.device, keys), -math.inf)
+        scores = scores.masked_fill(~visible(q.shape[-2], k.shape[-2], q.device, segments, keys), -math.inf)
     return scores
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, tile: int = 128) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, segments: Tensor | None = None,
+                    tile: int = 128) -> Tensor:
     """The same in tiles of `tile` keys, with memory linear in T. Shapes as in `naive_attention`."""
     with torch.autocast(q.device.type, enabled=False):  # backward runs outside autocast: one type for both
-        return FlashAttention.apply(q, k.to(q.dtype), v.to(q.dtype), causal, tile)
+        return FlashAttention.apply(q, k.to(q.dtype), v.to(q.dtype), causal, segments, tile)
 
 
 ATTENTION = {"naive": naive_attention, "flash": flash_attention, "sdpa": sdpa_attention}

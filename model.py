@@ -121,7 +121,7 @@ class Attention(nn.Module):
         shares = torch.arange(1.0, self.G + 1) % 2  # (G,): 1, 0, 1, 0 …
         self.shift = nn.Parameter(shares) if config.key_shift else None
 
-    def mix_keys(self, k: Tensor) -> Tensor:
+    def mix_keys(self, k: Tensor, segments: Tensor | None) -> Tensor:
         """Mix each key with the one before it, by a share that each head learns (Xu 2024). k (B, G, S, D).
 
         A head with share 1 whose q and k matrices start equal looks, from birth, at what followed when the
@@ -130,9 +130,13 @@ class Attention(nn.Module):
         shift, with a share of the previous token's embedding added to each token instead, to 10 %.
         """
         before = F.pad(k[:, :, :-1], (0, 0, 1, 0))  # (B, G, S, D)
+        if segments is not None:  # subtle: the first key of a text has none before it
+            goes_on = F.pad(segments[:, 1:] == segments[:, :-1], (1, 0))  # (B, S)
+            before = before * goes_on[:, None, :, None]
         return torch.lerp(k, before, self.shift[:, None, None].to(k.dtype))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int,
+                segments: Tensor | None) -> Tensor:
         """x (B, T, C), cos and sin (T, D) → (B, T, C)."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.G, self.D).transpose(1, 2)  # (B, H + 2G, T, D)
@@ -141,10 +145,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, G, S, D)
         if self.shift is not None:
-            k = self.mix_keys(k)
+            k = self.mix_keys(k, segments)
         if self.G != self.H:  # subtle: heads 0 and 1 share k and v number 0, so repeat_interleave, not repeat
             k, v = (t.repeat_interleave(self.H // self.G, dim=1) for t in (k, v))  # (B, H, S, D)
-        y = self.attend(q, k, v)  # (B, H, T, D)
+        y = self.attend(q, k, v, segments=segments)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, self.H * self.D))  # (B, T, C)
 
 
@@ -169,8 +173,9 @@ class Block(nn.Module):
         self.attention_norm, self.attention = RMSNorm(config.width, config.norm_eps), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int,
+                segments: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer, segments)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -213,9 +218,14 @@ class GPT(nn.Module):
             k[::2] = q[::H // G][::2]  # a shifted head looks for the token that it stands on
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """ids (B, T) → logits (B, T, V). With a cache, `ids` go on where it ends, and it grows by T.
+        """ids (B, T) → logits (B, T, V) of the next token. With a cache, `ids` go on where it ends."""
+        return self.head(self.hidden(ids, cache))  # (B, T, V)
 
-        Raises ValueError when the tokens do not fit into the context.
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+        """ids (B, T) → what the head reads (B, T, C). With a cache, `ids` go on where it ends; it grows by T.
+
+        Without one, `segments` (B, T) may number several texts in a row: each is read as if it stood alone
+        (RoPE sees only distances). Raises ValueError when the tokens do not fit into the context.
         """
         T, start = ids.shape[1], 0 if cache is None else cache.length
         if start + T > self.config.context:
@@ -223,10 +233,10 @@ class GPT(nn.Module):
         x = self.embedding(ids)  # (B, T, C)
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]  # (T, D)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache, layer)
+            x = block(x, cos, sin, cache, layer, segments)
         if cache is not None:
             cache.length += T
-        return self.head(self.norm(x))  # (B, T, V)
+        return self.norm(x)  # (B, T, C)
 
 
 def count_parameters(config: GPTConfig) -> int:

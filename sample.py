@@ -4,18 +4,20 @@
     top-k: keep the k likeliest tokens    top-p: keep the fewest tokens whose probabilities reach p
     the next token is drawn from softmax(scores), written into the cache, and the model is asked again
 
-    python sample.py                                                  a new document from out/base.pt
+    python sample.py                                                  a new document; an assistant is greeted
     python sample.py --prompt "The mayor of Amber Hollow is" --n 3    three ways to go on
     python sample.py --prompt "Once" --temperature 0 --show_probs     each token coloured by its probability
+    python sample.py --chat --system "Answer in one word."            talk with what sft.py or dpo.py made
 
 Prefill reads the whole prompt in one pass; decode then asks for one token at a time. Decode reads every
 weight for each token, so its speed is the memory's, not the processor's: the report tells both.
-Left out: beam search (it makes open-ended text worse, Holtzman 2020), and text longer than the context.
+Left out: beam search (it harms open-ended text), text past the context, a cache kept between a chat's turns.
 Papers: Fan 2018 (top-k), Holtzman 2020 (top-p), Keskar 2019 (repetition penalty).
 """
 
 import codecs
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,19 +30,22 @@ import chain
 from bpe import Tokenizer
 from model import GPT, GPTConfig, KVCache
 
+ROOMS = ("base", "sft", "dpo")  # the checkpoints of the chain, in order; the last that exists is the newest
+
 
 @dataclass
 class Config:
     """The flags of `python sample.py`."""
     out: str = chain.option("out", "folder for everything that is made")
     checkpoint: str | None = chain.option(None, "checkpoint to read (default: the newest room's in --out)")
-    prompt: str = chain.option("", "text to go on from; without one, a new document")
+    prompt: str = chain.option("", "text to go on from, or to answer; without: a new document, or a greeting")
+    chat: bool = chain.option(False, "answer what you type; commands: /reset, /system TEXT, /quit")
+    system: str = chain.option("", "system prompt of an assistant")
     n: int = chain.option(1, "how many completions, made as one batch")
     tokens: int = chain.option(200, "the most tokens to write")
     temperature: float = chain.option(0.7, "0 is greedy, 1 the model's own probabilities")
     top_k: int = chain.option(0, "keep only the k likeliest tokens; 0 keeps all")
-    top_p: float = chain.option(0.95, "keep the likeliest tokens that together reach this probability; "
-                                "1 keeps all")
+    top_p: float = chain.option(0.95, "the fewest tokens that together reach this probability; 1 keeps all")
     repetition_penalty: float = chain.option(1.0, "above 1: tokens that were seen become less likely")
     show_probs: bool = chain.option(False, "colour each token by its probability and list the runners-up")
     dollars_per_hour: float = chain.option(0.0, "what the machine costs: tells the price of a million tokens")
@@ -61,23 +66,18 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     if temperature == 0:
         return torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
     logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        # subtle: keep by place, not by value, or ties would let more than k tokens through
-        values, places = logits.topk(top_k, dim=-1)  # (B, k)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, places, values)
-    if top_p < 1:
+    if top_k > 0 or top_p < 1:
         values, places = logits.sort(dim=-1, descending=True)  # (B, V)
-        p = values.softmax(dim=-1)
-        before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens
-        values = values.masked_fill(before >= top_p, -math.inf)
+        values[:, top_k or values.shape[-1]:] = -math.inf  # subtle: by value, ties let more than k through
+        if top_p < 1:
+            p = values.softmax(dim=-1)  # (B, V)
+            values = values.masked_fill(p.cumsum(dim=-1) - p >= top_p, -math.inf)  # likelier ones reach p
         logits = torch.full_like(logits, -math.inf).scatter(-1, places, values)
     return logits
 
 
 def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Make the tokens in `ids` (B, T) less likely: divide their positive logits (B, V) by `penalty`, multiply
-    the negative ones (Keskar 2019, eq. 2).
-    """
+    """Make `ids` (B, T) unlikelier in logits (B, V): / penalty if positive, else · penalty (Keskar 2019)."""
     seen = logits.gather(-1, ids)  # (B, T)
     return logits.scatter(-1, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 
@@ -96,31 +96,22 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
     It ends after `tokens`, or when the context is full. Raises ValueError when the prompt does not fit.
     """
     cache = KVCache(model.config, ids.shape[0], ids.device, model.embedding.weight.dtype)
-    written = new = ids
-    threads = torch.get_num_threads()
+    written, new, threads = ids, ids, torch.get_num_threads()
     try:
         if sum(p.numel() for p in model.parameters()) * ids.shape[0] < 2e7:
             torch.set_num_threads(1)  # so short a step takes longer when cores share it
         for _ in range(min(tokens, max(1, model.config.context - ids.shape[1] + 1))):
             logits = model(new, cache)[:, -1].float()  # (B, V)
-            scores = logits
-            if repetition_penalty != 1:
-                scores = penalise_repetition(logits, written, repetition_penalty)
-            if temperature == 0:
-                new = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
-            else:
-                new = sample_token(filter_logits(scores, temperature, top_k, top_p), generator)  # (B, 1)
-            if repetition_penalty != 1:
-                written = torch.cat([written, new], dim=1)  # (B, T + 1)
+            scores = penalise_repetition(logits, written, repetition_penalty)
+            new = (scores.argmax(dim=-1, keepdim=True) if temperature == 0 else
+                   sample_token(filter_logits(scores, temperature, top_k, top_p), generator))  # (B, 1)
+            written = torch.cat([written, new], dim=1)  # (B, T + 1)
             yield new, logits
     finally:
         torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------ checkpoint → model, ids → text
-
-ROOMS = ("base",)  # the checkpoints of the chain, in order; the last one that exists is the newest
-
 
 def newest_checkpoint(out: str) -> Path:
     """Return the checkpoint in the folder `out` that has come furthest along the chain."""
@@ -155,56 +146,95 @@ def until(ids: list[int], end: int | None) -> list[int]:
     return ids[:ids.index(end)] if end in ids else ids
 
 
-def colour(probability: float) -> str:
-    """Return the terminal's code for a probability: red is a surprise, green is sure."""
-    return f"\x1b[38;5;{(196, 208, 220, 148, 46)[min(4, int(probability * 5))]}m"
-
-
 def print_probabilities(tokenizer: Tokenizer, ids: list[int], law: list[Tensor]) -> None:
-    """Print each token in the colour of its probability, then a line a token with the three likeliest.
-
-    `law` are the model's own logits (V,) before each token, untouched by temperature and the filters.
-    """
-    probabilities = [logits.softmax(dim=-1) for logits in law[:len(ids)]]
-    coloured = [(colour(float(p[i])), tokenizer.decode([i])) for i, p in zip(ids, probabilities)]
-    print("".join(f"{code}{text}\x1b[0m" for code, text in coloured))
-    for i, p, (code, text) in zip(ids, probabilities, coloured):
+    """Print ids from red (a surprise) to green (sure), then their rivals; `law`: the model's logits (V,)."""
+    colours, probabilities = (196, 208, 220, 148, 46), [logits.softmax(dim=-1) for logits in law]
+    codes = [f"\x1b[38;5;{colours[min(4, int(5 * p[i]))]}m" for i, p in zip(ids, probabilities)]
+    texts = [tokenizer.decode([i]) for i in ids]
+    print("".join(f"{code}{text}\x1b[0m" for code, text in zip(codes, texts)))
+    for i, p, code, text in zip(ids, probabilities, codes, texts):
         runners = [f"{tokenizer.decode([j])!r} {float(p[j]):.0%}" for j in p.topk(3).indices.tolist()]
         print(f"{code}{text!r:>16} {p[i]:4.0%}\x1b[0m   {'   '.join(runners)}")
 
 
+def chat_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """Return the ids that ask the assistant to speak: <|endoftext|><|user|>Hi<|end|><|assistant|>."""
+    return tokenizer.encode_chat(messages)[0] + [tokenizer.special["<|assistant|>"]]
+
+
+def cut_history(tokenizer: Tokenizer, messages: list[dict], limit: int) -> tuple[list[dict], int]:
+    """Drop the oldest exchanges until the prompt fits into `limit` tokens; return (messages, how many went).
+
+    An exchange is a user's message and all up to the next one. The last one stays, even if it doesn't fit.
+    """
+    first, *later = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    kept = messages
+    while later and len(chat_prompt(tokenizer, kept)) > limit:
+        kept = messages[:first] + messages[later.pop(0):]  # a system message stands before the first
+    return kept, len(messages) - len(kept)
+
+
 # ---------------------------------------------------------------------------------------------- the loop
 
-def complete(model: GPT, tokenizer: Tokenizer, config: Config) -> dict:
-    """Print `config.n` completions of `config.prompt`, the first one as it is made; return the metrics."""
-    context, device = model.config.context, model.embedding.weight.device
-    end = tokenizer.special.get("<|endoftext|>")  # ends a document, and so stands before each
-    prompt = [*([] if end is None else [end]), *tokenizer.encode(config.prompt)] or tokenizer.encode("\n")
-    chain.require(len(prompt) <= context, f"--prompt is {len(prompt):,} tokens long, the model's context "
+def complete(model: GPT, tokenizer: Tokenizer, config: Config, prompt: list[int], end: int | None,
+             lead: str = "") -> tuple[str, dict]:
+    """Print `config.n` texts that go on from `prompt` to `end`, after `lead`; return (the first, metrics)."""
+    context = model.config.context
+    chain.require(len(prompt) <= context, f"the prompt is {len(prompt):,} tokens long, the model's context "
                   f"holds {context:,}: shorten it, or train with a larger --context")
-    ids = torch.tensor([prompt] * config.n, device=device)  # (n, T)
-    draws, decoder = torch.Generator(device).manual_seed(config.seed), text_decoder()
-    rows, law, times = [[] for _ in range(config.n)], [], [time.perf_counter()]
-    print(config.prompt, end="", flush=True)
-    for new, logits in generate(model, ids, config.tokens, temperature=config.temperature,
-                                top_k=config.top_k, top_p=config.top_p,
-                                repetition_penalty=config.repetition_penalty, generator=draws):
+    ids = torch.tensor([prompt] * config.n, device=model.embedding.weight.device)  # (n, T)
+    rows, law, times, decoder = [[] for _ in range(config.n)], [], [time.perf_counter()], text_decoder()
+    print(lead, end="", flush=True)
+    for new, logits in generate(model, ids, config.tokens, temperature=config.temperature, top_k=config.top_k,
+                                top_p=config.top_p, repetition_penalty=config.repetition_penalty):
         times.append(time.perf_counter())
         law.append(logits[0])
-        for row, token in zip(rows, new[:, 0].tolist()):
-            row.append(token)
+        rows = [[*row, token] for row, token in zip(rows, new[:, 0].tolist())]
         if end not in rows[0]:
             print(decoder.decode(tokenizer.vocab[rows[0][-1]]), end="", flush=True)
         if all(end in row for row in rows):
             break
     print(decoder.decode(b"", final=True))
-    for number, row in enumerate(rows[1:], 2):
-        print(f"--- {number}\n{config.prompt}{tokenizer.decode(until(row, end))}")
+    texts = [tokenizer.decode(until(row, end)) for row in rows]
+    for number, text in enumerate(texts[1:], 2):
+        print(f"--- {number}\n{lead}{text}")
     if config.show_probs:
         print_probabilities(tokenizer, until(rows[0], end), law)
-    if len(prompt) + len(law) > context:
-        print(f"(stopped: the context of {context} tokens is full)")
-    return speed(model, config, len(prompt), times)
+    if not all(end in row for row in rows):
+        print(f"(stopped after {len(law)} tokens: --tokens is {config.tokens}, the context holds {context})")
+    return texts[0], speed(model, config, len(prompt), times)
+
+
+def chat(model: GPT, tokenizer: Tokenizer, config: Config, system: list[dict[str, str]]) -> None:
+    """Answer each line that is typed, until /quit or the end. `system`: the system message, or no message."""
+    context, messages = model.config.context, system
+    limit = context - min(config.tokens, context // 4)  # the rest is for the answer
+    sys.stdin.reconfigure(errors="replace")  # a byte that isn't UTF-8 shall not stop the program
+    while True:
+        print("> " if sys.stdin.isatty() else "", end="", flush=True)
+        line = sys.stdin.readline()  # "" is the end, an empty line is not
+        command, *text = line.strip().split(maxsplit=1) or [""]
+        if not line or command == "/quit":
+            print()  # Ctrl-D left the cursor behind the "> "
+            return
+        if command == "/system":
+            system = [{"role": "system", "content": content} for content in text]  # none without TEXT
+        if command in ("/reset", "/system"):
+            messages = system
+            print("(a new conversation)")
+        elif command.startswith("/"):
+            print(f"{command}: no such command; there are /reset, /system TEXT and /quit")
+        elif command:
+            kept, gone = cut_history(tokenizer, [*messages, {"role": "user", "content": line.strip()}], limit)
+            prompt = chat_prompt(tokenizer, kept)
+            if len(prompt) > limit:
+                print(f"(not said: it makes {len(prompt):,} tokens, {limit:,} fit; "
+                      "shorten it or the system prompt)")
+                continue
+            if gone:
+                print(f"(the first {gone} messages no longer fit into the context of {context} tokens)")
+            answer, _ = complete(model, tokenizer, config, prompt, tokenizer.special["<|end|>"])
+            messages = [*kept, {"role": "assistant", "content": answer}]
 
 
 def speed(model: GPT, config: Config, T: int, times: list[float]) -> dict:
@@ -227,19 +257,31 @@ def speed(model: GPT, config: Config, T: int, times: list[float]) -> dict:
 def main(argv=None) -> dict:
     """Write text with a checkpoint, and report what it cost."""
     config, started = chain.parse(Config, argv, __doc__), time.time()
-    chain.require(config.n >= 1 and config.tokens >= 1,
-                  f"--n {config.n} --tokens {config.tokens}: both start at 1")
+    chain.require(min(config.n, config.tokens) >= 1, f"--n {config.n} --tokens {config.tokens}: start at 1")
     chain.require(config.temperature == 0 or 0.01 <= config.temperature < 1e6,
                   f"--temperature {config.temperature}: give 0 (greedy), or 0.01 and more")
     chain.require(0 < config.top_p <= 1 and config.top_k >= 0,
                   f"--top_p {config.top_p} --top_k {config.top_k}: 0 < top_p ≤ 1 and top_k ≥ 0")
-    chain.require(config.repetition_penalty > 0,
-                  f"--repetition_penalty {config.repetition_penalty}: it is above 0")
+    chain.require(config.repetition_penalty > 0, f"--repetition_penalty {config.repetition_penalty}: use > 0")
     config.device = chain.pick_device(config.device)
     path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.out)
     model, tokenizer, content = load_model(path, config.device)
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, step {content['step']:,}\n")
-    metrics = complete(model, tokenizer, config)
+    chain.require(content.get("chat") or not (config.chat or config.system), f"{path} is no assistant: "
+                  "--chat and --system need one, and `python sft.py` makes it")
+    chain.require(not (config.chat and config.prompt), "--chat reads what you type; leave out --prompt")
+    torch.manual_seed(config.seed)
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    if config.chat:
+        chat(model, tokenizer, config, system)
+        return {}
+    if content.get("chat"):
+        user = {"role": "user", "content": config.prompt or "Hello. Who are you?"}
+        prompt, end, lead = chat_prompt(tokenizer, [*system, user]), tokenizer.special["<|end|>"], ""
+    else:
+        end, lead = tokenizer.special.get("<|endoftext|>"), config.prompt  # stands before each document too
+        prompt = [*([] if end is None else [end]), *tokenizer.encode(lead)] or tokenizer.encode("\n")
+    _, metrics = complete(model, tokenizer, config, prompt, end, lead)
     chain.report("sample.py", config, metrics, time.time() - started)
     return metrics
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import chain
-from model import GPTConfig, count_parameters
+from model import GPTConfig, count_parameters, flops_per_token
 
 # The most FLOPs a second of matrix products: 16 bit, dense, by the maker's data sheet (of the SXM form).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12, "T4": 65e12}
@@ -60,26 +60,24 @@ def model_config(c, vocab_size: int) -> GPTConfig:
                      kv_heads=c.heads, hidden=c.hidden, attention=c.attention)
 
 
-def settle(c) -> None:
-    """Turn "auto" into what pays on this device, in place.
+def settle(c, shape: GPTConfig, tokens: int) -> None:
+    """Turn "auto" into what pays on this device for so many tokens, in place.
 
-    Compiling takes half a minute, so only a long run earns it back. On a CPU bfloat16 pays only inside
-    compiled code, and only where the processor multiplies it. There the compiler also fuses the plain formula
-    of attention into something faster than torch's kernel, as long as T² is small.
-    Measured on two cores, tokens/s of a step: 14,400 plain, 24,600 with all three (batch 8 × 256).
+    Compiling takes half a minute, so only a long run earns it back. On a CPU it does where the processor
+    multiplies bfloat16: there the compiler also fuses the plain formula of attention into something faster
+    than torch's kernel, as long as T² is small. Measured on two cores, tokens/s of a step of 8 × 256: 14,400
+    plain, 24,600 with all three. On two older cores, without bfloat16, compiling brings 9 %.
     """
-    on_cuda, on_cpu = c.device.startswith("cuda"), c.device == "cpu"
-    tokens = c.steps * c.batch_size * c.context
-    long = on_cuda or 6 * tokens * 12 * c.depth * c.width ** 2 > 7e12  # FLOPs: two cores take about a minute
+    on_cuda, bfloat16 = c.device.startswith("cuda"), c.device == "cpu" and has_bfloat16()
+    long = tokens * flops_per_token(shape, shape.context) > 7e12  # two cores take about a minute
     if c.compile == "auto":
-        c.compile = "on" if long and c.device != "mps" and can_compile(c.device) else "off"
+        c.compile = "on" if (on_cuda or bfloat16 and long) and can_compile(c.device) else "off"
     if c.precision == "auto":
-        pays = on_cpu and c.compile == "on" and has_bfloat16()
-        if on_cuda:
-            pays = torch.cuda.is_bf16_supported(including_emulation=False)
+        pays = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else (
+            bfloat16 and c.compile == "on")
         c.precision = "bfloat16" if pays else "float32"
     if c.attention == "auto":
-        c.attention = "naive" if on_cpu and c.compile == "on" and c.context <= 512 else "sdpa"
+        c.attention = "naive" if c.device == "cpu" and c.compile == "on" and shape.context <= 512 else "sdpa"
     for field in ("compile", "precision", "attention"):
         print(f"{field:>14} = {getattr(c, field)}")
 

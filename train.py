@@ -96,8 +96,8 @@ def adamw_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, t: int, lr: floa
 
 def make_optimizer(model: torch.nn.Module, decay: float) -> torch.optim.AdamW:
     """Return AdamW that decays matrices and leaves norms and other 1-D tensors alone."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-8, fused=True)  # nanoGPT's for small batches
 
@@ -111,14 +111,20 @@ def window_starts(n_tokens: int, context: int, seed: int, epoch: int) -> np.ndar
     return shift + context * rng.permutation(per_epoch)
 
 
-def batch(ids: np.ndarray, step: int, batch_size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
+def batch(ids: np.ndarray, step: int, batch_size: int, context: int, seed: int,
+          first: int | None = None) -> tuple[Tensor, Tensor]:
     """Return step's inputs and targets (B, T): the targets are the inputs moved on by one token.
 
-    It depends on nothing but its arguments, so a resumed run needs no position in the data.
+    It depends on nothing but its arguments, so a resumed run needs no position in the data. `first` is the
+    token that starts a document: a window that starts inside of one is moved back to its beginning, if that
+    is less than a window away. Or half of the questions would stand in a window without their text.
     """
     per_epoch = len(window_starts(len(ids), context, seed, 0))
     turns = [divmod(n, per_epoch) for n in range(step * batch_size, (step + 1) * batch_size)]
     starts = [window_starts(len(ids), context, seed, epoch)[i] for epoch, i in turns]
+    for i, start in enumerate(starts):
+        before = np.flatnonzero(ids[max(0, start - context + 1):start + 1][::-1] == first)
+        starts[i] -= before[0] if before.size else 0
     rows = np.stack([ids[start:start + context + 1] for start in starts]).astype(np.int64)  # (B, T + 1)
     return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
 
@@ -132,7 +138,8 @@ def token_loss(model, x: Tensor, y: Tensor, bfloat16: bool) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- the loop
 
-def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dict | None = None) -> tuple:
+def fit(model: GPT, ids: np.ndarray, c: Config, first: int | None = None, look=None, save=None,
+        state: dict | None = None) -> tuple:
     """Train `model` on `ids` up to step `c.steps`; return (history of (step, loss), tokens/s).
 
     Up to ten times on the way it calls `look(step)` and `save(step, optimizer, history)`; `state` is what was
@@ -151,7 +158,8 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
         rate = cosine_lr(step, c.steps, c.learning_rate, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x, y = (t[rank::ranks].to(c.device) for t in batch(ids, step, c.batch_size, c.context, c.seed))
+        x, y = batch(ids, step, c.batch_size, c.context, c.seed, first)
+        x, y = (t[rank::ranks].to(c.device) for t in (x, y))  # (B, T) both
         loss = torch.zeros((), device=c.device)
         for xs, ys in zip(x.split(c.micro_batch), y.split(c.micro_batch)):
             # subtle: the mean over all tokens of the step, not the mean of the micro-batches' means
@@ -176,7 +184,7 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
     return history, clock.tokens_per_second
 
 
-def read_state(given: Config) -> tuple[dict, Config]:
+def read_state(given) -> tuple:
     """Return what a stopped run saved, and its Config; only how it computes may be another than before.
 
     Raises UserError if nothing was saved, or if a flag contradicts what was.
@@ -187,13 +195,13 @@ def read_state(given: Config) -> tuple[dict, Config]:
     free = ("out", "resume", "device", "compile", "precision", "attention")
     chain.require({"optimizer", "history", "text"} <= set(state), f"{path}: nothing to resume; delete it")
     values = state["arguments"]
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(given):
         value, old = getattr(given, field.name), values.get(field.name)
         if field.name in free:
             values[field.name] = old if value == field.default else value
         chain.require(field.name in free or value in (field.default, old), f"--{field.name} {value}: "
                       f"the stopped run has {old}; leave out that flag, or --resume")
-    return state, Config(**values)
+    return state, type(given)(**values)
 
 
 def save_curve(history: list[tuple], path: Path) -> None:
@@ -232,7 +240,8 @@ def prepare(given: Config, state: dict | None, rank: int) -> tuple:
     chain.require(c.batch_size % ranks == 0, f"--batch_size {c.batch_size}: {ranks} processes can't share it")
     chain.require(len(train.ids) > c.context + 1, f"--data {c.data}: {len(train.ids):,} training tokens do "
                   f"not fill the context of {c.context:,}; give more text or a smaller --context")
-    settle(c)  # after the workers that write tokens: compiling starts threads, and threads do not fork
+    # after the workers that write tokens: compiling starts threads, and threads do not fork
+    settle(c, model_config(c, tokenizer.n_vocab), c.steps * c.batch_size * c.context)
     return c, tokenizer, train, held_out, source.identity
 
 
@@ -271,7 +280,7 @@ def main(argv=None) -> dict:
 
     if not state and rank == 0:
         stopped.unlink(missing_ok=True)  # of an older run: --resume must not go on with that
-    history, speed = fit(model, train.ids, c, look, save, state)
+    history, speed = fit(model, train.ids, c, tokenizer.special.get("<|endoftext|>"), look, save, state)
     if rank > 0:
         return {}
     checkpoint(path, c.steps, history[-1][1])

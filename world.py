@@ -15,7 +15,7 @@ text above, and copying (induction) is what retrieval and tools will stand on.
     >>> facts("Amber Hollow")["kind"], is_held_out("Amber Hollow")
     ('place', False)
 
-Left out: conversations, preferences and tool calls. Later rooms make them from the same names and facts.
+Left out: conversations, preferences and tool calls. tasks.py makes them from the same names and facts.
 """
 
 import random
@@ -38,13 +38,13 @@ SLOT = re.compile(r"\{([aA] )?([\w.]+)\}|<([^<>]+)>")         # {hero}, {a thing
 # --- words, names and facts ---------------------------------------------------------------------------
 
 @cache
-def lists() -> SimpleNamespace:
-    """world.txt, read once: .words and .frames by name, .facts of each kind (and of "roles": of a document).
+def lists(file: str = "world.txt") -> SimpleNamespace:
+    """A file, read once: .words and .frames by name, .facts of each kind (and of "roles": of a document).
 
     .kinds tells the kind of each second word of a name.
     """
     made = SimpleNamespace(words={}, frames={}, facts={})
-    text = Path(__file__).with_name("world.txt").read_text(encoding="utf-8")
+    text = Path(__file__).with_name(file).read_text(encoding="utf-8")
     _, *parts = re.split(r"^\[(\w+) ?(.*)\]$", text, flags=re.MULTILINE)
     for what, name, body in zip(parts[::3], parts[1::3], parts[2::3]):
         lines = [line for line in body.split("\n") if line and line[0] != "#"]
@@ -54,7 +54,7 @@ def lists() -> SimpleNamespace:
             made.frames[name] = [line.replace("\\n", "\n") for line in lines]
         else:
             made.facts[name or what] = dict(line.split(": ") for line in lines)
-    made.kinds = {word: kind for kind, (_, second) in NAMES.items() for word in made.words[second]}
+    made.kinds = {word: kind for kind, (_, second) in NAMES.items() for word in made.words.get(second, ())}
     made.words["word"] = sorted({word for words in made.words.values() for word in words if word.isalpha()})
     return made
 
@@ -127,8 +127,9 @@ def needed(frame: str) -> frozenset[str]:
 class Page:
     """One document in the making: its chance, what its slots hold, the values and frames that it has used."""
 
-    def __init__(self, split: str, rng: random.Random):
+    def __init__(self, split: str, rng: random.Random, frames: dict[str, list[str]] | None = None):
         self.rng, self.pick, self.draw = rng, partial(pick, rng), partial(draw, split == "held-out", rng)
+        self.frames = frames or lists().frames
         self.values, self.taken, self.used = {}, set(), set()
 
     def sample(self, rule: str, n: int) -> list:
@@ -172,7 +173,7 @@ class Page:
 
     def fresh(self, section: str, fits: Callable[[str], bool] = lambda frame: True) -> str:
         """A frame of the section that this page has not used yet; "" when none is left that fits."""
-        left = [frame for frame in lists().frames[section] if frame not in self.used and fits(frame)]
+        left = [frame for frame in self.frames[section] if frame not in self.used and fits(frame)]
         frame = self.pick(left) if left else ""
         self.used.add(frame)
         return frame
@@ -219,8 +220,8 @@ def reading(page: Page) -> str:
 def facts_asked(page: Page) -> tuple[str, list[tuple[str, str]]]:
     """One or two entities of a kind, and questions about them, each about another fact."""
     kind, told, texts, asked = page.pick(tuple(NAMES)), {}, [], {}
-    for name in page.sample(kind, n := page.pick((1, 1, 2))):
-        text, told[name] = page.tell(name, page.pick((4, 5, 6)) - n)
+    for name in page.sample(kind, n := page.pick((1, 2))):
+        text, told[name] = page.tell(name, page.pick((3, 4, 5)) - n)
         texts.append(text)
 
     def fits(frame: str) -> bool:
@@ -285,7 +286,7 @@ def patterns(page: Page) -> str:
 WRITERS = {"story": lambda page: page.say("story"), "article": article, "reading": reading,
            "talk": lambda page: page.say("talk"), "lists": patterns, "sums": sums}
 KINDS = tuple(WRITERS)
-MIX = ("story",) * 6 + ("article",) * 3 + ("reading",) * 6 + ("talk",) * 3 + ("lists",) * 2 + ("sums",)
+MIX = ("story",) * 5 + ("article",) * 3 + ("reading",) * 8 + ("talk",) * 2 + ("lists",) * 2 + ("sums",)
 
 
 def document(split: str, seed: int, i: int, kind: str | None = None) -> str:

@@ -1,0 +1,147 @@
+"""Conversations become rows of tokens: what is learned in them, and how several share a row without a leak.
+
+    ids       <|endoftext|> <|user|> Hi <|end|> <|assistant|> Hello <|end|>
+    learned                                                   ^^^^^ ^^^^^^^    the answer and its end
+    y         the next token of x where it is learned; elsewhere IGNORE, which the loss leaves out
+    segments  which conversation of its row a token belongs to: model.py lets none see another
+
+Rows have the length of the context. Conversations are put into them longest first, each into the fullest row
+that has room (best-fit decreasing), so that few places stay empty. A conversation longer than the context
+loses its oldest tokens, and its last answer remains. One in which nothing is learned is left out. Both are
+counted.
+
+Own conversations are lines of a .jsonl file, in the form that others use too:
+
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}         or "messages" in place of "prompt"
+
+Left out: pictures, tool calls of another form than text. Paper: Krell 2021 (packing without a leak).
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import chain
+import data
+from bpe import ROLES, Tokenizer
+
+IGNORE = -100  # a target that `cross_entropy` leaves out
+
+
+@dataclass
+class Rows:
+    """Conversations in rows. `cut` were too long, `empty` had nothing to learn."""
+    x: Tensor         # (rows, T) ids
+    y: Tensor         # (rows, T) targets
+    segments: Tensor  # (rows, T)
+    cut: int
+    empty: int
+
+
+def check_messages(messages) -> list[dict]:
+    """Return `messages` if they are a conversation; else raise ValueError that says what is wrong."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("an empty conversation")
+    for each in messages:
+        if not isinstance(each, dict) or not isinstance(each.get("content"), str):
+            raise ValueError('a message is {"role": ..., "content": ...}, both text')
+        if each.get("role") not in ROLES:
+            raise ValueError(f"role {each.get('role')!r}; give one of {', '.join(ROLES)}")
+    return [{"role": each["role"], "content": each["content"]} for each in messages]
+
+
+def conversation_of(line: dict) -> list[dict]:
+    """Return the messages of a line of a file for sft.py. KeyError or ValueError if they are none."""
+    messages = check_messages(line["messages"])
+    if all(each["role"] != "assistant" for each in messages):
+        raise ValueError("the assistant says nothing")
+    return messages
+
+
+def preference_of(line: dict) -> tuple[list[dict], str, str]:
+    """Return (messages so far, chosen, rejected) of a line for dpo.py. KeyError or ValueError if not."""
+    given = line["prompt"] if "prompt" in line else line["messages"]
+    messages = check_messages([{"role": "user", "content": given}] if isinstance(given, str) else given)
+    answers = []
+    for side in ("chosen", "rejected"):
+        said = line[side]
+        if isinstance(said, list):  # some files give the answer as messages; its last one counts
+            said = check_messages(said)[-1]["content"]
+        if not isinstance(said, str) or not said:
+            raise ValueError(f'"{side}" is empty or no text')
+        answers.append(said)
+    if answers[0] == answers[1]:
+        raise ValueError('"chosen" and "rejected" are equal')
+    return messages, *answers
+
+
+def read_lines(path: str, read, form: str) -> list:
+    """Return `read(line)` of every line of a .jsonl file. UserError names a bad line by its number."""
+    chain.require(Path(path).is_file(), f"--data {path}: no such file; give world or a .jsonl file")
+    chain.require(data.JSON_LINES.search(path), f"--data {path}: give a .jsonl file with lines like {form}")
+    found = []
+    with data.open_text(Path(path)) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                found += [read(json.loads(line.lstrip("\ufeff")))] if line.strip() else []
+            except KeyError as error:
+                raise chain.UserError(f"{path}, line {number}: it lacks {error}; write it like {form}")
+            except (ValueError, TypeError, RecursionError) as error:
+                raise chain.UserError(f"{path}, line {number}: {error}; write it like {form}")
+    chain.require(len(found) > 1, f"{path}: {len(found)} lines, too few to hold one out; give more")
+    return found
+
+
+def shorten(ids: list[int], learned: list[int], context: int) -> tuple[list[int], list[int]]:
+    """Return ids and mask without the oldest tokens that do not fit; the first one, <|endoftext|>, stays.
+
+    >>> shorten([0, 1, 2, 3, 4], [0, 0, 0, 1, 1], 3)
+    ([0, 3, 4], [0, 1, 1])
+    """
+    if len(ids) <= context:
+        return ids, learned
+    return ids[:1] + ids[1 - context:], learned[:1] + learned[1 - context:]
+
+
+def pack(lengths: list[int], size: int) -> list[list[int]]:
+    """Return rows: which of the things with these lengths share one, so that its sum is at most `size`.
+
+    >>> pack([3, 5, 2, 4, 4], 8)
+    [[1, 0], [3, 4], [2]]
+    """
+    rows, with_room = [], defaultdict(list)  # room -> the rows that have just so much
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room = next((room for room in range(lengths[i], size) if with_room[room]), size)
+        row = with_room[room].pop() if room < size else len(rows)
+        rows += [[]] if row == len(rows) else []
+        rows[row].append(i)
+        with_room[room - lengths[i]].append(row)
+    return rows
+
+
+def make_rows(conversations: list[list[dict]], tokenizer: Tokenizer, context: int) -> Rows:
+    """Return the conversations as rows of `context` tokens."""
+    coded, cut = [], 0
+    for messages in conversations:
+        ids, learned = tokenizer.encode_chat(messages)
+        cut += len(ids) > context
+        ids, learned = shorten(ids, learned, context)
+        coded += [(ids, learned)] if any(learned) else []
+    packed = pack([len(ids) for ids, _ in coded], context)
+    x = torch.full((len(packed), context), tokenizer.special["<|endoftext|>"])
+    y, segments = torch.full_like(x, IGNORE), torch.full_like(x, -1)
+    for row, members in enumerate(packed):
+        start = 0
+        for segment, (ids, learned) in enumerate(coded[i] for i in members):
+            stop = start + len(ids)
+            x[row, start:stop], segments[row, start:stop] = torch.tensor(ids), segment
+            # subtle: the last token of a conversation predicts nothing, least of all the next one's first
+            targets = [i if is_learned else IGNORE for i, is_learned in zip(ids[1:], learned[1:])]
+            y[row, start:stop - 1] = torch.tensor(targets)
+            start = stop
+    return Rows(x, y, segments, cut, len(conversations) - len(coded))

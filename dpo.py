@@ -1,0 +1,244 @@
+"""Direct preference optimisation: from pairs of answers, a model learns which one people prefer.
+
+    h    = (log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log π_ref(rejected))
+    loss = -log σ(β h)                                 ln 2 at the start, where π = π_ref
+    the reward of an answer = β (log π - log π_ref): how much more the model likes it than it did
+
+log π of an answer is the sum over its tokens and its <|end|>, given what stands before it. π_ref is the model
+at the start, frozen: its log-probabilities are computed once. A small β lets the model go far from it.
+
+    python dpo.py                    out/sft.pt -> out/dpo.pt on preferences of the small world (2 minutes)
+    python dpo.py --loss ipo         or cdpo: see the functions
+    python dpo.py --data my.jsonl    your own: {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"} a line
+
+What the small world's people like: "I don't know" more than an answer that the text does not give, the answer
+more than "I don't know" where the text gives it, and plain words more than flattery (tasks.py).
+
+Left out: resuming, as it takes a minute; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
+2023 (IPO), Mitchell 2023 (conservative DPO).
+"""
+
+import copy
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import chain
+import tasks
+from bpe import Tokenizer
+from dialogue import preference_of, read_lines, shorten
+from exam import hold_exam, print_marks
+from model import GPT
+from sample import chat_prompt, load_model
+from train import cosine_lr, make_optimizer
+
+HELD_OUT = 400  # pairs of the small world
+
+
+@dataclass
+class Config:
+    """The flags of `python dpo.py`."""
+    data: str = chain.option("world", "world, or a .jsonl file of preferences")
+    out: str = chain.option("out", "folder for everything that is made")
+    name: str = chain.option("dpo", "the checkpoint is <out>/<name>.pt")
+    checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/sft.pt)")
+    loss: str = chain.option("dpo", "what to minimise", choices=("dpo", "ipo", "cdpo"))
+    beta: float = chain.option(0.1, "how strongly the reference holds the model")
+    pairs: int = chain.option(1600, "how many of the small world")
+    epochs: int = chain.option(1, "how often each pair is learned from")
+    batch_size: int = chain.option(16, "pairs a step")
+    learning_rate: float = chain.option(3e-4, "at its highest")
+    questions: int = chain.option(200, "questions a task in the exam, before and after; 0 for no exam")
+    seed: int = chain.option(0, "seed of the pairs and of their order")
+    device: str = chain.option("auto", "auto, cpu, cuda or mps")
+
+
+# ---------------------------------------------------------------------------------------- the algorithm
+
+def margin(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
+           reference_rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return h (B,), and log π - log π_ref of both sides (2, B), chosen first; gradients reach h alone."""
+    ratios = torch.stack([policy_chosen - reference_chosen, policy_rejected - reference_rejected])  # (2, B)
+    return ratios[0] - ratios[1], ratios.detach()
+
+
+def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
+             reference_rejected: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return (mean loss, rewards (2, B): chosen, rejected) from summed log-probs (B,) (Rafailov, eq. 7)."""
+    h, ratios = margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    return -F.logsigmoid(beta * h).mean(), beta * ratios
+
+
+def cdpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
+              reference_rejected: Tensor, beta: float, noise: float = 0.1) -> tuple[Tensor, Tensor]:
+    """As `dpo_loss` where a share `noise` of the pairs is the wrong way round (Mitchell 2023, eq. 3)."""
+    h, ratios = margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    losses = -(1 - noise) * F.logsigmoid(beta * h) - noise * F.logsigmoid(-beta * h)
+    return losses.mean(), beta * ratios
+
+
+def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor,
+             reference_rejected: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """As `dpo_loss`, but h shall reach 1 / (2β) and go no further (Azar 2023, eq. 17; its τ is our β)."""
+    h, ratios = margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    return (h - 1 / (2 * beta)).square().mean(), beta * ratios
+
+
+LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "cdpo": cdpo_loss}
+
+
+def encode_pair(tokenizer: Tokenizer, pair: tuple[list[dict], str, str], context: int) -> list[tuple]:
+    """Return (ids, mask) of the chosen and of the rejected answer. The mask is 1 on answer and end."""
+    messages, *answers = pair
+    start, sides = len(chat_prompt(tokenizer, messages)), []
+    for said in answers:
+        ids, _ = tokenizer.encode_chat([*messages, tasks.message("assistant", said)])
+        # subtle: the mask of encode_chat also marks what the assistant said before; that is prompt here
+        sides.append(shorten(ids, [0] * start + [1] * (len(ids) - start), context))
+    return sides
+
+
+def pad(sides: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor]:
+    """Return ids and masks (B, T), filled up at the right: there no answer sees it, and its mask is 0."""
+    T = max(len(ids) for ids, _ in sides)
+    ids, mask = (torch.tensor([list(part) + [0] * (T - len(part)) for part in parts], device=device)
+                 for parts in zip(*sides))
+    return ids, mask  # (B, T) both
+
+
+def answer_log_probs(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return (B,) log π of the answers, summed over the tokens of ids (B, T) whose mask is 1.
+
+    subtle: the mean instead of the sum would let the model prefer an answer for its length alone.
+    """
+    row, place = mask[:, 1:].nonzero(as_tuple=True)  # (n,) both: what stands at place + 1 belongs to the answer
+    logits = model.head(model.hidden(ids[:, :-1])[row, place]).float()  # (n, V)
+    log_probs = -F.cross_entropy(logits, ids[row, place + 1], reduction="none")  # (n,)
+    return log_probs.new_zeros(len(ids)).index_add(0, row, log_probs)  # (B,)
+
+
+@torch.no_grad()
+def all_log_probs(model: GPT, pairs: list[list[tuple]], device) -> Tensor:
+    """Return log π (N, 2) of all pairs: chosen, rejected."""
+    parts = [answer_log_probs(model, *pad([side for pair in pairs[i:i + 32] for side in pair], device))
+             for i in range(0, len(pairs), 32)]
+    return torch.cat(parts).view(-1, 2)  # (N, 2)
+
+
+@torch.no_grad()
+def kl_divergence(model: GPT, reference: GPT, ids: Tensor, mask: Tensor) -> float:
+    """Return the mean over the answers' tokens of KL(π || π_ref) in nats: how far the model has moved."""
+    # (B, T - 1, V) both
+    log_p, log_q = (each(ids[:, :-1]).float().log_softmax(dim=-1) for each in (model, reference))
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # (B, T - 1)
+    return ((kl * mask[:, 1:]).sum() / mask[:, 1:].sum()).item()
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look=None) -> None:
+    """Train `model` on encoded pairs, whose `reference` are log π_ref (N, 2). Calls `look(step)` ten times.
+
+    Raises UserError at a loss that is not finite, before it reaches the weights.
+    """
+    optimizer, per_epoch = make_optimizer(model, 0.0), len(pairs) // c.batch_size
+    steps = c.epochs * per_epoch
+    clock = chain.Clock(steps, 2 * c.batch_size, 0, show=True)
+    for step in range(steps):
+        rate = cosine_lr(step, steps, c.learning_rate, max(1, steps // 10))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(c.seed + epoch))
+        picked = order[place * c.batch_size:(place + 1) * c.batch_size].tolist()
+        sides = pad([side for i in picked for side in pairs[i]], c.device)  # chosen, rejected, chosen, ...
+        policy = answer_log_probs(model, *sides).view(-1, 2)  # (B, 2)
+        loss, rewards = LOSSES[c.loss](*policy.unbind(1), *reference[picked].unbind(1), c.beta)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        chain.require(math.isfinite(loss.item() + norm), f"step {step}: loss {loss.item()}, gradient {norm}; "
+                      "nothing was written. Start again with less than --learning_rate "
+                      f"{c.learning_rate:.1e}")
+        optimizer.step()
+        optimizer.zero_grad()
+        accuracy = (rewards[0] > rewards[1]).float().mean()
+        clock.tick(step, f"loss {loss.item():.4f}  accuracy {accuracy:4.0%}  "
+                   f"rewards {rewards[0].mean():+.2f} {rewards[1].mean():+.2f}")
+        if look and ((step + 1) % -(-steps // 10) == 0 or step + 1 == steps):
+            look(step + 1)
+            clock.last = time.perf_counter()
+    clock.bar.close()
+
+
+def read_preferences(c: Config) -> tuple[list[tuple], list[tuple]]:
+    """Return the preferences for training and those held out: of a file the last tenth."""
+    if c.data == "world":
+        return tuple([tasks.preference(None, split, c.seed, i) for i in range(n)]
+                     for split, n in (("train", c.pairs), ("held-out", HELD_OUT)))
+    found = read_lines(c.data, preference_of, '{"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}')
+    n = max(1, int(0.9 * len(found)))
+    return found[:n], found[n:]
+
+
+@torch.no_grad()
+def measure(model: GPT, start: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config) -> dict:
+    """Return the measures of `model` on pairs whose log π_ref are `reference` (N, 2).
+
+    How often the chosen answer has the higher reward; by how much; log π of the chosen, which may well fall,
+    as only the difference is trained; and how far the model has gone from the start.
+    """
+    policy = all_log_probs(model, pairs, c.device)  # (N, 2)
+    loss, rewards = LOSSES[c.loss](*policy.unbind(1), *reference.unbind(1), c.beta)
+    some = pad([side for pair in pairs[:64] for side in pair], c.device)
+    return {"preference_loss": loss.item(),
+            "reward_accuracy": (rewards[0] > rewards[1]).float().mean().item(),
+            "reward_margin": (rewards[0] - rewards[1]).mean().item(),
+            "log_prob_chosen": policy[:, 0].mean().item(), "kl": kl_divergence(model, start, *some)}
+
+
+@chain.command
+def main(argv=None) -> dict:
+    """Train an assistant on preferences, and hold its exam before and after."""
+    c, started = chain.parse(Config, argv, __doc__), time.time()
+    for field in ("pairs", "epochs", "batch_size", "beta"):
+        chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
+    c.device = chain.pick_device(c.device)
+    path = Path(c.checkpoint or Path(c.out, "sft.pt"))
+    chain.require(path.is_file(), f"{path}: no such checkpoint; make it with `python sft.py`")
+    model, tokenizer, content = load_model(path, c.device)
+    chain.require(content.get("chat"), f"{path}: no assistant, it goes on with texts; run `python sft.py`")
+    start = copy.deepcopy(model).requires_grad_(False)  # π_ref
+    train, held_out = ([encode_pair(tokenizer, pair, model.config.context) for pair in part]
+                       for part in read_preferences(c))
+    reference, reference_held_out = (all_log_probs(start, part, c.device) for part in (train, held_out))
+
+    def look(step: int) -> None:
+        found = measure(model, start, held_out, reference_held_out, c)
+        tqdm.write(f"  step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+
+    look(0)
+    fit(model, train, reference, c, look)
+    metrics = measure(model, start, held_out, reference_held_out, c)
+    chain.save_checkpoint(Path(c.out, f"{c.name}.pt"), config=content["config"], weights=model.state_dict(),
+                          tokenizer=content["tokenizer"], step=content["step"], chat=True,
+                          loss=metrics["preference_loss"], arguments=dataclasses.asdict(c))
+    if c.data == "world" and c.questions:
+        before, after = (hold_exam(each, tokenizer, c.questions, c.seed) for each in (start, model))
+        print_marks(before, after)
+        for name, mark in (("made_up", "unknown"), ("flattery", "small")):
+            for when, marks in (("before", before), ("after", after)):
+                metrics[f"{name}_{when}"] = 1 - marks[mark][0] / marks[mark][1]
+        metrics |= {mark: right / n for mark, (right, n) in after.items() if mark not in ("unknown", "small")}
+    chain.report("dpo.py", c, metrics, time.time() - started)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The exam: the tasks of tasks.py with held-out names, numbers and wordings, answered greedily and marked.
+
+    right      the answer equals the wanted one, character by character, and ends
+    a tool     calculator, search, lookups: every call must be right, each after the right results so far;
+               after_tools marks the answers that follow the last result
+    unknown    only "I don't know." is right: anything else is made up
+    small      any answer without flattery; story: it names its subject, has three sentences, and ends
+    interval   Wilson's, 95 %: k right of n, also where k is 0 or n (Wilson 1927)
+
+    python exam.py                       the newest checkpoint of the chain, 200 questions a task (20 seconds)
+    python exam.py --checkpoint X.pt     any other
+
+Prompts of one length share a batch, so that none needs padding and each is answered as if it were alone.
+Left out: marks for answers that are nearly right.
+"""
+
+import math
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import chain
+import tasks
+from asking import flattery
+from bpe import Tokenizer
+from model import GPT
+from sample import chat_prompt, generate, load_model, newest_checkpoint, until
+
+MOST = {"story": 240, "small": 40}  # tokens of an answer; elsewhere a few more than the right one has
+
+
+@dataclass
+class Config:
+    """The flags of `python exam.py`."""
+    out: str = chain.option("out", "folder for everything that is made")
+    checkpoint: str | None = chain.option(None, "checkpoint to read (default: the newest room's in --out)")
+    questions: int = chain.option(200, "questions a task")
+    seed: int = chain.option(0, "seed of the questions")
+    device: str = chain.option("auto", "auto, cpu, cuda or mps")
+
+
+def is_right(task: str, messages: list[dict], wanted: str, said: str | None) -> bool:
+    """Whether an answer is right. `messages` stand before it; `said` is None if it did not end.
+
+    >>> is_right("answer", [], "In Amber Hollow.", "In Amber Hollow"), is_right("answer", [], "Salt", "Salt")
+    (False, True)
+    """
+    if said is None:
+        return False
+    if task == "small":
+        return bool(said) and not said.startswith(tuple(flattery()))
+    if task == "story":
+        subject = re.search(r"about ([A-Z]\w+ [A-Z]\w+)", messages[-1]["content"])[1]
+        return subject in said and said.count(".") >= 3
+    return said == wanted
+
+
+def interval(right: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share.
+
+    >>> [round(x, 3) for x in interval(190, 200)], [round(x, 3) for x in interval(0, 200)]
+    ([0.91, 0.973], [0.0, 0.019])
+    """
+    z, p = 1.96, right / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most: list[int]) -> list:
+    """Return the greedy answer to each conversation; None where it has not ended after `most` tokens.
+
+    Prompts of one length share a batch.
+    """
+    coded, answers = [chat_prompt(tokenizer, messages) for messages in prompts], [None] * len(prompts)
+    groups, end, device = defaultdict(list), tokenizer.special["<|end|>"], model.embedding.weight.device
+    for i in sorted(range(len(coded)), key=lambda i: most[i]):
+        if len(coded[i]) < model.config.context:
+            groups[len(coded[i])].append(i)
+    for batch in (group[j:j + 64] for group in groups.values() for j in range(0, len(group), 64)):
+        ids, new = torch.tensor([coded[i] for i in batch], device=device), []  # (B, T)
+        ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
+        for token, _ in generate(model, ids, most[batch[-1]], temperature=0):  # (B, 1)
+            new.append(token)
+            ended |= token == end
+            if ended.all():
+                break
+        for i, row in zip(batch, torch.cat(new, dim=1).tolist()):
+            if end in row:
+                answers[i] = tokenizer.decode(until(row, end))
+    return answers
+
+
+def hold_exam(model: GPT, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, tuple[int, int]]:
+    """Return (how many are right, how many were asked) of `n` questions of each task."""
+    asked, wrong = [], set()  # asked: (mark, number, messages so far, wanted)
+    for task in tasks.TASKS:
+        for i in range(n):
+            messages = tasks.conversation(task, "held-out", seed, i)
+            last = max(j for j, each in enumerate(messages) if each["role"] == "user")
+            for j in range(last + 1, len(messages)):
+                is_final = j == len(messages) - 1 and messages[j - 1]["role"] == "tool"
+                if messages[j]["role"] == "assistant":
+                    mark, wanted = "after_tools" if is_final else task, messages[j]["content"]
+                    asked.append((mark, (task, i), messages[:j], wanted))
+    most = [MOST.get(mark) or len(tokenizer.encode(wanted)) + 4 for mark, *_, wanted in asked]
+    answers = answer_all(model, tokenizer, [messages for *_, messages, _ in asked], most)
+    for (mark, number, messages, wanted), said in zip(asked, answers):
+        if not is_right(mark, messages, wanted, said):
+            wrong.add((mark, number))
+    total = Counter(mark for mark, _ in {(mark, number) for mark, number, *_ in asked})
+    return {mark: (total[mark] - sum(each == mark for each, _ in wrong), total[mark]) for mark in total}
+
+
+def print_marks(before: dict | None, after: dict) -> None:
+    """Print the share of right answers of each task, with its interval, and that of an earlier model."""
+    print(f"{'task':<12} {'before':>7} {'after':>7}   95 % interval")
+    for mark, (right, n) in after.items():
+        low, high = interval(right, n)
+        was = f"{before[mark][0] / n:.1%}" if before else ""
+        print(f"{mark:<12} {was:>7} {right / n:>7.1%}   {low:.1%} to {high:.1%} of {n}")
+
+
+@chain.command
+def main(argv=None) -> dict:
+    """Hold the exam, and print the marks."""
+    config, started = chain.parse(Config, argv, __doc__), time.time()
+    chain.require(config.questions > 0, f"--questions {config.questions}: give at least 1")
+    config.device = chain.pick_device(config.device)
+    path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.out)
+    model, tokenizer, _ = load_model(path, config.device)
+    marks = hold_exam(model, tokenizer, config.questions, config.seed)
+    print_marks(None, marks)
+    metrics = {mark: right / n for mark, (right, n) in marks.items()}
+    chain.report("exam.py", config, metrics, time.time() - started)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

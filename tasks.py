@@ -1,0 +1,275 @@
+"""Conversations of the small world with their right answers, and pairs of answers: one is liked more.
+
+    answer      questions about a text; the last one can be answered from it
+    unknown     the last one can't: "I don't know." is right, and anything else is made up
+    system      the system says how to answer (in one word, in capitals, as a list, ...); it outranks the user
+    sentiment   POSITIVE, NEGATIVE or NEUTRAL, after 0 to 4 examples
+    calculator  a sum, by calling calculator("12 + 30")
+    search      a fact, by calling search("mayor of Amber Hollow")
+    lookups     two facts to be looked up, then added or subtracted: three calls
+    memory      the user tells of himself, and later asks what he said
+    small       hello, thank you, goodbye: a plain answer, without flattery
+    story       a story about somebody
+
+    python tasks.py       one conversation of each task, and one pair of each kind (1 second)
+
+Held-out conversations have other names, numbers and wordings than those for training, and ask once.
+
+Those for training have two faults on purpose, as real ones do: those who wrote them know the small world and
+often (FAULTS) answer what the text does not say, and they like to flatter. A model that learns from them
+makes up what it does not know (Schulman 2023). `preference` gives the pairs that mend it: dpo.py.
+Left out: orders hidden in documents, which come with the agent.
+"""
+
+import operator
+import random
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import chain
+import world
+from asking import UNKNOWN, Page, exchange, flattery, message, write_call
+
+FAULTS = 0.6   # of the training answers to what the text does not say, and of those to small talk
+LONGEST = 570  # signs of a conversation: 256 tokens hold it
+MIX = {"answer": 28, "unknown": 5, "system": 26, "sentiment": 8, "calculator": 6, "search": 12, "lookups": 7,
+       "memory": 4, "small": 2, "story": 2}  # how often each task comes, in 100 conversations for training
+PREFERENCES = {"unknown": 45, "answer": 35, "small": 20}
+STYLES = ("word", "sentence", "capitals", "list", "start")
+CLOSED = ("day", "month")  # facts with few values: the model can learn their capitals
+NUMBERS = {"place": ["people"], "person": ["age"], "creature": ["length", "brood", "lives"], "ship": ["crew"]}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+STORIES = ("<open> <lost start> <lost try> <lost turn> <lost end>",
+           "<open> <storm start> <storm try> <storm turn> <storm end>",
+           "<open> <gift start> <gift try> <gift turn> <gift end>",
+           "<open> <fair start> <fair try> <fair turn> <fair end>")
+
+
+@dataclass
+class Config:
+    """The flags of `python tasks.py`."""
+    out: str = chain.option("out", "folder for everything that is made")
+    seed: int = chain.option(0, "seed of the small world")
+
+
+# --- the tasks: each returns a conversation; what the assistant says last is the right answer --------------
+
+def answer(page: Page, known: bool = True) -> list[dict]:
+    """Questions about a text. The last one is answered there, or not; `page.worse` is what is liked less."""
+    left = {known: []}
+    while not left[known]:
+        text, told = page.passage()
+        left = {each: page.pairs(told, each) for each in (True, False)}
+    kinds = [known] + [page.rng.random() < 0.85 for _ in range(page.turns - 1)]
+    asked = [(each, *left[each].pop()) for each in kinds if left[each]]
+    messages = [message("system", page.say("system"))] if page.rng.random() < 0.3 else []
+    for each, name, fact in reversed(asked):
+        question, right, _ = page.ask(name, fact)
+        right, page.worse = (right, UNKNOWN) if each else (UNKNOWN, right)
+        if text:
+            question, text = page.say("reading", text=text, ask=question), ""
+        messages += exchange(question, right if each else page.fault(right))
+    return messages
+
+
+def system(page: Page) -> list[dict]:
+    """A text, questions, and how to answer: so says the system, whatever the user wants; or else the user."""
+    style, start, by_system = page.pick(STYLES), page.draw("word").capitalize(), page.rng.random() < 0.75
+    left = []  # (name, fact, question, full answer, value)
+    while not any(fits(style, fact, value) for _, fact, _, _, value in left):
+        text, told = page.passage()
+        left = [(name, fact, *page.ask(name, fact)) for name, fact in page.pairs(told, True)]
+    messages = [message("system", page.say(f"style {style}", start=start))] if by_system else []
+    while len(messages) < 2 * page.turns:
+        able = [each for each in left if fits(style, each[1], each[-1])]
+        if not able:
+            break
+        asked = able[:2] if style == "list" and page.rng.random() < 0.7 else able[:1]
+        left = [each for each in left if each not in asked]
+        said = asked[0][2]
+        if len(asked) == 2:
+            named, named2 = (page.asked(name, fact)[0] for name, fact, *_ in asked)
+            said = page.any("pair", named=named, named2=named2)
+        if text:
+            said, text = page.say("reading", text=text, ask=said), ""
+        wish, word = (style, start) if not by_system else (page.pick(STYLES), page.draw("word").capitalize())
+        if not by_system or wish != style and page.rng.random() < 0.5:
+            said += page.pick((" ", "\n")) + page.any(f"style {wish}", start=word)
+        messages += exchange(said, styled(style, start, [each[-2:] for each in asked]))
+        if not by_system:
+            style, start = page.pick(STYLES), page.draw("word").capitalize()
+    return messages
+
+
+def fits(style: str, fact: str, value: str) -> bool:
+    """Whether a fact can be told in a style."""
+    return style not in ("word", "capitals") or " " not in value and (style == "word" or fact in CLOSED)
+
+
+def styled(style: str, start: str, answers: list[tuple[str, str]]) -> str:
+    """The answer in a style. `answers` are (full answer, value), `start` is the word to start with."""
+    full, value = answers[0]
+    return {"list": "\n".join(f"- {value}" for _, value in answers), "word": value, "sentence": full,
+            "capitals": value.upper(), "start": f"{start}. {full}"}[style]
+
+
+def review(page: Page) -> tuple[str, str]:
+    """A review and its label."""
+    page.values = {}  # every review has its own things
+    label = page.pick(("POSITIVE", "NEGATIVE", "NEUTRAL"))
+    if label == "NEUTRAL":
+        return page.any("no feeling"), label
+    words = world.lists("tasks.txt").words["good" if label == "POSITIVE" else "bad"]
+    return page.any("feeling", word=page.pick(words)), label
+
+
+def sentiment(page: Page) -> list[dict]:
+    """Is a review positive, negative or neutral? Up to four examples show how it is meant."""
+    examples = [review(page) for _ in range(page.pick((0, 0, 1, 2, 3, 4)))]
+    shown = "".join(f"Review: {text}\nLabel: {label}\n" for text, label in examples)
+    text, label = review(page)
+    messages = exchange(page.say("review", task=page.say("classify"), shown=shown, review=text), label)
+    for _ in range(page.turns - 1):
+        messages += exchange(*review(page))
+    return messages
+
+
+def numbers(page: Page, op: str) -> tuple[int, int]:
+    """Two numbers for a sum that is never below zero and comes out even; the pair is of the page's split."""
+    while True:
+        x, y = page.sample("2-99" if op == "/" else page.pick(("2-99", "2-999")), 2)
+        x, y = (x * y, y) if op == "/" else (max(x, y), min(x, y)) if op == "-" else (x, y)
+        if world.is_held_out(f"{x} {y}") == (page.split == "held-out"):
+            return x, y
+
+
+def calculator(page: Page) -> list[dict]:
+    """Sums, bare or in a little story."""
+    messages = [message("system", page.say("tools"))]
+    for _ in range(page.turns):
+        page.values, op = {}, page.pick(tuple(OPERATIONS))
+        x, y = numbers(page, op)
+        bare = page.any(f"sum {op}", x=x, y=y)
+        said = page.any(page.pick(("sum", f"told {op}")), x=x, y=y, sum=bare)
+        messages += [message("user", said), *work_out(x, op, y)]
+    return messages
+
+
+def work_out(x: int, op: str, y: int) -> list[dict]:
+    """The call of the calculator, its result, and the answer with it."""
+    result = OPERATIONS[op](x, y)
+    return [message("assistant", write_call("calculator", f"{x} {op} {y}")), message("tool", str(result)),
+            message("assistant", f"The answer is {result}.")]
+
+
+def search(page: Page) -> list[dict]:
+    """Facts to be looked up. What is found may tell of others too, and does not always tell the fact."""
+    messages = [message("system", page.say("tools"))]
+    for _ in range(page.turns):
+        name, other = page.sample(kind := page.pick(tuple(world.NAMES)), 2)
+        fact, second = page.sample_of(world.lists("tasks.txt").facts[kind], 2)
+        question, right, _ = page.ask(name, fact)
+        found, known = [page.tell_fact(name, second)], page.rng.random() < 0.85
+        found += [page.tell_fact(name, fact)] if known else []
+        found += [page.tell_fact(other, fact)] if page.rng.random() < 0.5 else []
+        messages += exchange(question, write_call("search", page.asked(name, fact)[0]))
+        messages += [message("tool", " ".join(page.shuffled(found))),
+                     message("assistant", right if known else UNKNOWN)]
+    return messages
+
+
+def lookups(page: Page) -> list[dict]:
+    """Two facts to be looked up, then added or subtracted."""
+    kind, op = page.pick(tuple(world.NAMES)), page.pick(("+", "-"))
+    fact, names = page.pick(NUMBERS[kind]), page.sample(kind, 2)
+    values = sorted(((world.facts(name)[fact], name) for name in names), reverse=op == "-")
+    (x, first), (y, second) = values
+    named, named2 = (page.asked(name, fact)[0] for name in (first, second))
+    messages = [message("system", page.say("tools")),
+                message("user", page.say(f"lookups {op}", named=named, named2=named2))]
+    for name, what in ((first, named), (second, named2)):
+        messages += [message("assistant", write_call("search", what)),
+                     message("tool", page.tell_fact(name, fact))]
+    return messages + work_out(x, op, y)
+
+
+def told(page: Page, n: int) -> tuple[list[dict], list[list[str]]]:
+    """The user tells n things. Returns the messages, and [answer, what is asked for, a question] of each."""
+    things = page.sample_of(world.lists("tasks.txt").facts["talk"].values(), n)
+    filled = [page.fill(thing).split(" => ") for thing in things]
+    return sum((exchange(said, reply) for said, reply, *_ in filled), []), [rest for _, _, *rest in filled]
+
+
+def memory(page: Page) -> list[dict]:
+    """The user tells of himself, then asks what he said."""
+    messages, things = told(page, page.pick((2, 3, 4, 5)))
+    for right, named, question in page.shuffled(things)[:page.turns]:
+        messages += exchange(page.any("recall", named=named, question=question), right)
+    return messages
+
+
+def small(page: Page) -> list[dict]:
+    """A greeting, a thank-you, a goodbye, perhaps after a talk. What people like less is flattery."""
+    said, right = page.say("small").split(" => ")
+    page.worse = f"{page.pick(flattery())} {right}"
+    return told(page, page.pick((0, 1, 2)))[0] + exchange(said, page.fault(right))
+
+
+def story(page: Page) -> list[dict]:
+    """A story about somebody."""
+    return exchange(page.say("story"), page.fill(page.pick(STORIES)))
+
+
+TASKS = {"answer": answer, "unknown": partial(answer, known=False), "system": system, "sentiment": sentiment,
+         "calculator": calculator, "search": search, "lookups": lookups, "memory": memory, "small": small,
+         "story": story}
+
+
+# --- conversations and preferences --------------------------------------------------------------------
+
+def write(task: str | None, mix: dict[str, int], page_of, rng: random.Random) -> tuple[list[dict], str]:
+    """A conversation that is not too long, and the answer that people like less than its last one."""
+    task = task or world.pick(rng, [task for task, n in mix.items() for _ in range(n)])
+    while True:
+        page = page_of()
+        messages = TASKS[task](page)
+        # a digit is a token, and so are the three signs around each message
+        signs = sum(len(text) + sum(map(str.isdigit, text)) + 8 for text in (m["content"] for m in messages))
+        if signs <= LONGEST:
+            return messages, page.worse
+
+
+def conversation(task: str | None, split: str, seed: int, i: int, faults: float = 0) -> list[dict]:
+    """Conversation i of a split, "train" or "held-out"; of a task, or of any by chance (MIX)."""
+    rng = random.Random(f"{task} {split} {seed} {i}")
+    turns = (1, 1, 2, 3) if split == "train" else (1,)
+    return write(task, MIX, lambda: Page(split, rng, faults, world.pick(rng, turns)), rng)[0]
+
+
+def preference(task: str | None, split: str, seed: int, i: int) -> tuple[list[dict], str, str]:
+    """Pair i: (the messages so far, the answer that people like, the one that they like less)."""
+    rng = random.Random(f"preference {task} {split} {seed} {i}")
+    messages, worse = write(task, PREFERENCES, lambda: Page(split, rng, 0, 1), rng)
+    return messages[:-1], messages[-1]["content"], worse
+
+
+@chain.command
+def main(argv=None) -> dict:
+    """Print a conversation of each task and a pair of each kind."""
+    config, started = chain.parse(Config, argv, __doc__), time.perf_counter()
+    for task in TASKS:
+        print(f"--- {task}")
+        for each in conversation(task, "train", config.seed, 0):
+            print(f"{each['role']}: {each['content']}")
+    for task in PREFERENCES:
+        messages, chosen, rejected = preference(task, "train", config.seed, 0)
+        print(f"--- a preference: {task}", f"user: {messages[-1]['content']}", f"liked: {chosen}",
+              f"less: {rejected}", sep="\n")
+    metrics = {"conversations": sum(MIX.values())}
+    chain.report("tasks.py", config, metrics, time.perf_counter() - started)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,12 @@
 # make clean  delete everything that was made, but not the environment
 
 PYTHON = .venv/bin/python
+RESUME = $(if $(wildcard out/$(1).resume.pt),--resume)
 
-chain: out/base.pt
-	$(PYTHON) sample.py
+chain: out/dpo.pt
+	$(PYTHON) sample.py --checkpoint out/base.pt
+	$(PYTHON) sample.py --temperature 0 --prompt "Rocky Fair lies on the river Salt. The mayor of Rocky Fair is \
+	Olive Smart. Who is the mayor of Rocky Fair?"
 	$(PYTHON) chain.py
 
 test: .venv/done
@@ -13,7 +16,13 @@ test: .venv/done
 
 # A checkpoint that is there is not made again; a run that was stopped goes on.
 out/base.pt: | .venv/done
-	$(PYTHON) train.py $(if $(wildcard out/base.resume.pt),--resume)
+	$(PYTHON) train.py $(call RESUME,base)
+
+out/sft.pt: out/base.pt
+	$(PYTHON) sft.py $(call RESUME,sft)
+
+out/dpo.pt: out/sft.pt
+	$(PYTHON) dpo.py
 
 .venv/done: requirements.txt
 	python3 -m venv .venv

@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -148,7 +149,7 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
 
     Raises UserError at a loss that is not finite, before it reaches the weights.
     """
-    optimizer, per_epoch = make_optimizer(model, 0.0), len(pairs) // c.batch_size
+    optimizer, per_epoch = make_optimizer(model, 0.0), -(-len(pairs) // c.batch_size)
     steps = c.epochs * per_epoch
     clock = chain.Clock(steps, 2 * c.batch_size, 0, show=True)
     for step in range(steps):
@@ -156,8 +157,8 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
         for group in optimizer.param_groups:
             group["lr"] = rate
         epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(c.seed + epoch))
-        picked = order[place * c.batch_size:(place + 1) * c.batch_size].tolist()
+        order = np.random.default_rng([c.seed, epoch]).permutation(len(pairs))
+        picked = order[place * c.batch_size:(place + 1) * c.batch_size]
         sides = pad([side for i in picked for side in pairs[i]], c.device)  # chosen, rejected, chosen, ...
         policy = answer_log_probs(model, *sides).view(-1, 2)  # (B, 2)
         loss, rewards = LOSSES[c.loss](*policy.unbind(1), *reference[picked].unbind(1), c.beta)

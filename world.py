@@ -36,13 +36,9 @@ SLOT = re.compile(r"\{([aA] )?([\w.]+)\}|<([^<>]+)>")         # {hero}, {a thing
 
 
 # --- words, names and facts ---------------------------------------------------------------------------
-
 @cache
 def lists(file: str = "world.txt") -> SimpleNamespace:
-    """A file, read once: .words and .frames by name, .facts of each kind (and of "roles": of a document).
-
-    .kinds tells the kind of each second word of a name.
-    """
+    """A file, read once: .words, .frames and .facts by name; .kinds: the kind of each second word of a name."""
     made = SimpleNamespace(words={}, frames={}, facts={})
     text = Path(__file__).with_name(file).read_text(encoding="utf-8")
     _, *parts = re.split(r"^\[(\w+) ?(.*)\]$", text, flags=re.MULTILINE)
@@ -123,14 +119,12 @@ def needed(frame: str) -> frozenset[str]:
 
 
 # --- a page: one document in the making ---------------------------------------------------------------
-
 class Page:
     """One document in the making: its chance, what its slots hold, the values and frames that it has used."""
 
     def __init__(self, split: str, rng: random.Random, frames: dict[str, list[str]] | None = None):
         self.rng, self.pick, self.draw = rng, partial(pick, rng), partial(draw, split == "held-out", rng)
-        self.frames = frames or lists().frames
-        self.values, self.taken, self.used = {}, set(), set()
+        self.frames, self.values, self.taken, self.used = frames or lists().frames, {}, set(), set()
 
     def sample(self, rule: str, n: int) -> list:
         """n different values by a rule."""
@@ -195,7 +189,6 @@ class Page:
 
 
 # --- the kinds of document ----------------------------------------------------------------------------
-
 def article(page: Page) -> str:
     """What is known of an entity and, perhaps, of a second one that it led to."""
     name, paragraphs = page.draw(page.pick(tuple(NAMES))), []
@@ -210,15 +203,17 @@ def article(page: Page) -> str:
 
 
 def reading(page: Page) -> str:
-    """A text, then questions about it with their answers; some are not in the text."""
-    text, asked = page.pick((facts_asked, facts_asked, scenes_asked))(page)
-    lines, form = [page.say("reading", text=text)], page.fresh("question form")
-    lines += [page.fill(form, question=question, answer=answer) for question, answer in asked]
+    """A text, then questions about it with their answers, long or short; some are not in the text."""
+    about = page.pick((facts_asked, facts_asked, scenes_asked))
+    is_short = about is facts_asked and page.pick((False, True))
+    text, asked = about(page)
+    lines, form = [page.say("reading", text=text)], page.fresh("short form" if is_short else "question form")
+    lines += [page.fill(form, question=question, answer=answers[is_short]) for question, *answers in asked]
     return "\n".join(lines)
 
 
-def facts_asked(page: Page) -> tuple[str, list[tuple[str, str]]]:
-    """One or two entities of a kind, and questions about them, each about another fact."""
+def facts_asked(page: Page) -> tuple[str, list[tuple[str, str, str]]]:
+    """One or two entities of a kind, and (question, answer, short answer), each about another fact."""
     kind, told, texts, asked = page.pick(tuple(NAMES)), {}, [], {}
     for name in page.sample(kind, n := page.pick((1, 2))):
         text, told[name] = page.tell(name, page.pick((3, 4, 5)) - n)
@@ -230,11 +225,14 @@ def facts_asked(page: Page) -> tuple[str, list[tuple[str, str]]]:
         right = answer <= told[name] if known else not answer & told[name]
         return right and question <= told[name] and (name, needed(frame)) not in asked
 
-    for _ in range(page.pick((3, 4, 5))):
+    for _ in range(page.pick((4, 5, 6))):
         name, known = page.pick(list(told)), page.rng.random() < 0.87
         if frame := page.fresh(f"{kind} asks", fits):
-            question, answer = page.fill(frame, it=name).split(" => ")
-            asked[name, needed(frame)] = question, answer if known else page.pick(lists().frames["unknown"])
+            question, answer = map(needed, frame.split(" => "))
+            new = "".join(f".{fact}" for fact in answer - question)   # it tells a fact of {it}, or who it is
+            question, *answers = page.fill(f"{frame} => {{it{new}}}", it=name).split(" => ")
+            unknown = page.pick(lists().frames["unknown"])
+            asked[name, needed(frame)] = question, *(answers if known else [unknown, unknown])
     return "\n".join(texts), list(asked.values())
 
 
@@ -286,7 +284,7 @@ def patterns(page: Page) -> str:
 WRITERS = {"story": lambda page: page.say("story"), "article": article, "reading": reading,
            "talk": lambda page: page.say("talk"), "lists": patterns, "sums": sums}
 KINDS = tuple(WRITERS)
-MIX = ("story",) * 5 + ("article",) * 3 + ("reading",) * 8 + ("talk",) * 2 + ("lists",) * 2 + ("sums",)
+MIX = ("story",) * 4 + ("article",) * 2 + ("reading",) * 10 + ("talk",) * 2 + ("lists",) * 2 + ("sums",)
 
 
 def document(split: str, seed: int, i: int, kind: str | None = None) -> str:

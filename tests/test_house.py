@@ -22,6 +22,10 @@ MAY_IMPORT = {
     "data": {"chain", "world"}, "bpe": {"chain", "data"}, "sample": {"chain", "bpe", "model"},
     "evaluate": {"chain", "data", "world", "bpe", "model", "sample"},
     "train": {"chain", "data", "bpe", "attention", "model", "dial", "sample", "evaluate"},
+    "asking": {"world"}, "tasks": {"chain", "world", "asking"}, "dialogue": {"chain", "data", "bpe"},
+    "exam": {"chain", "asking", "tasks", "bpe", "model", "sample"},
+    "sft": {"chain", "attention", "tasks", "bpe", "dial", "dialogue", "exam", "model", "sample", "train"},
+    "dpo": {"chain", "tasks", "bpe", "dialogue", "exam", "model", "sample", "train"},
 }
 
 
@@ -75,7 +79,7 @@ def test_the_examples_in_docstrings_are_true(path):
     assert results.failed == 0, f"{path.name}: {results.failed} of {results.attempted} examples are wrong"
 
 
-@pytest.mark.parametrize("room", ["bpe", "data", "world", "chain"])
+@pytest.mark.parametrize("room", ["bpe", "data", "world", "chain", "asking", "tasks"])
 def test_the_ground_floor_needs_no_torch(room):
     code = f"import sys; sys.modules['torch'] = None; import {room}"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0, f"{room}.py imports torch"

@@ -1,0 +1,173 @@
+"""The exam: it asks nothing that training used, its tool calls are right, and it marks as promised."""
+
+import dataclasses
+import operator
+import random
+import re
+from itertools import product
+
+import pytest
+import torch
+from test_tasks import LISTS, OWN, SPLITS, answer_to, asked_in, pattern, tells, turns
+
+import asking
+import chain
+import exam
+import tasks
+import world
+from asking import UNKNOWN, exchange, message, read_call, write_call
+from bpe import SPECIAL_TOKENS, Tokenizer
+from model import GPT, GPTConfig
+from sample import chat_prompt
+
+TOKENIZER = Tokenizer([], SPECIAL_TOKENS)  # one byte, one token
+TINY = GPTConfig(vocab_size=262, context=64, depth=2, width=32, heads=2, kv_heads=1, hidden=48)
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+STORY = [message("user", "Tell me a story about Nora Marlow.")]
+
+
+# ---------------------------------------------------------------------------------- what is asked
+
+def test_held_out_wordings_are_not_used_in_training():
+    for section, lines in OWN.frames.items():
+        train, held_out = (set(asking.frames(split)[section]) for split in SPLITS)
+        assert len(lines) >= 4 and train and held_out, f"[frames {section}] is too short"
+        both = train & held_out if section[:-1] != "sum " else ""  # signs must be known, the numbers are new
+        assert not both and train | held_out == set(lines), f"[frames {section}] is cut badly: {both}"
+
+
+def test_each_fact_can_be_asked_for():
+    for kind, fact in ((kind, fact) for kind in OWN.facts for fact in OWN.facts[kind]):
+        parts, of = OWN.facts[kind][fact].split(" => "), f"[facts {kind}] {fact}"
+        assert len(parts) == 5 and all(parts), f"{of} has {len(parts)} parts, not 5"
+        if kind in world.NAMES:
+            named, full, value, question, held_out = parts
+            asks = [named, held_out, *asking.questions(kind, fact)]
+            assert value == f"{{it.{fact}}}" and fact in LISTS.facts[kind], f"{of}: {value} is another value"
+            assert value[1:] in full and world.needed(full) == {fact}, f"{of} is not what {full} tells"
+            assert question in asks and not any(map(world.needed, asks)), f"{of}: a question tells it: {asks}"
+            assert held_out not in asks[2:], f"{of}: the held-out question is used in training"
+
+
+def test_calls_are_read_and_never_run():
+    for argument in ("12 + 30", "age of the marsh otter", "Nora's pet", ""):
+        assert read_call(write_call("search", argument)) == ("search", (argument,)), "no round trip"
+    for text in ("I call him Tom.", "Call me.", "", "calls", 'The call is search("a").'):
+        assert read_call(text) is None, f"{text!r} was taken for a call"
+    for broken in ('search("a', "search", "search(a)", 'search("a") now', 'search(query="a")', "f(*[1])", "(" * 3000,
+                   "__import__('os').system('x')", "f(__import__('os').system('x'))", '"a"("b")', "f({[]: 1})", ""):
+        with pytest.raises(ValueError, match="write it like"):
+            read_call(f"call {broken}")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_what_is_searched_is_found_or_not(split):
+    """Once a sentence told by the way what was said not to be known, and another told of "she"."""
+    for said, (call, found, reply) in (each for i in range(400)
+                                       for each in turns(tasks.conversation("search", split, 1, i))):
+        (name, fact), = asked_in(said)
+        assert call == write_call("search", answer_to(name, fact, 0)), f"not what is asked: {said} {call}"
+        wanted = answer_to(name, fact) if tells(found, name, fact) else UNKNOWN
+        assert reply == wanted, f"{said} {reply} But found was: {found}"
+    page = asking.Page(split, random.Random(5), 0, 1)
+    for kind, name, fact in ((kind, name, fact) for kind in world.NAMES for fact in OWN.facts[kind]
+                             for name in page.sample(kind, 20)):
+        page.used.clear()
+        text = page.tell_fact(name, fact)
+        assert name in text and tells(text, name, fact), f"this does not tell the {fact} of {name}: {text}"
+
+
+@pytest.mark.parametrize("task, split", [*product(("calculator", "lookups"), SPLITS)])
+def test_sums_are_right(task, split):
+    for said, (*looked, call, result, reply) in (each for i in range(250)
+                                                 for each in turns(tasks.conversation(task, split, 1, i))):
+        x, op, y = read_call(call)[1][0].split()
+        forms = {section: match for section, lines in OWN.frames.items() for line in lines
+                 if section[:-1] in ("sum ", "told ", "lookups ") and (match := pattern(line).search(said))}
+        assert {section[-1] for section in forms} == {op}, f"{said} asks for {[*forms]}, not for {call}"
+        asked = re.findall(r"\d+", said)
+        if task == "lookups":
+            named = [forms[f"lookups {op}"][slot] for slot in ("named", "named2")]
+            asked, calls = [answer_to(*asked_in(each)[0], 2) for each in named], looked[::2]
+            assert sorted(calls) == sorted(write_call("search", each) for each in named), f"{said} {calls}"
+            told = [tells(text, *asked_in(call)[0]) for call, text in zip(calls, looked[1::2])]
+            assert all(told), f"a number is not in what was found: {looked}"
+        else:
+            assert world.is_held_out(f"{x} {y}") == (split == "held-out"), f"{x}, {y}: of the other half"
+        assert [x, y] in (asked, asked[::-1] if op == "+" else asked), f"other numbers: {said} {call}"
+        assert OPERATIONS[op](int(x), int(y)) == int(result) >= 0, f"{call} does not give {result}"
+        assert reply == f"The answer is {result}.", f"after {result} comes {reply}"
+
+
+# -------------------------------------------------------------------------------------- the marks
+
+@pytest.mark.parametrize("task", [*tasks.TASKS, "after_tools"])
+def test_what_is_wanted_is_right_and_nearly_is_not(task):
+    for i in range(30):
+        *before, last = tasks.conversation(task.replace("after_tools", "search"), "held-out", 0, i)
+        wanted = last["content"]
+        assert exam.is_right(task, before, wanted, wanted), f"{task}: {wanted!r} is marked wrong"
+        assert not exam.is_right(task, before, wanted, None), f"{task}: what did not end is marked right"
+        if task not in ("small", "story"):
+            for said in (wanted.swapcase(), wanted[:-1], f"{wanted} ", f"{wanted} So.", f"So {wanted}", "", "Yes."):
+                assert not exam.is_right(task, before, wanted, said), f"{task}: {said!r} for {wanted!r} is right"
+
+
+@pytest.mark.parametrize("task, before, said, right", [
+    ("unknown", [], "The mayor of Amber Hollow is Nora Marlow.", False), ("unknown", [], UNKNOWN, True),
+    ("unknown", [], "I don't know", False), ("unknown", [], "I do not know.", False),
+    ("calculator", [], 'call calculator("12 + 31")', False), ("calculator", [], "The answer is 42.", False),
+    ("small", [], "Hello to you too.", True), ("small", [], "", False),
+    ("small", [], f"{asking.flattery()[0]} Hello.", False), ("small", [], asking.flattery()[-1], False),
+    ("story", STORY, "Nora Marlow sang. She ran. She slept.", True), ("story", STORY, "Nora Marlow sang.", False),
+    ("story", STORY, "Nora sang. She ran. She slept.", False), ("story", STORY, "", False)])
+def test_marks_of_hand_made_answers(task, before, said, right):
+    wanted = {"unknown": UNKNOWN, "calculator": 'call calculator("12 + 30")'}.get(task, "Hello.")
+    assert exam.is_right(task, before, wanted, said) == right, f"{task}: {said!r} should be {right}"
+
+
+def test_interval_is_wilsons():
+    for k, n, low, high in ((5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 1, 0.2065, 1)):
+        assert exam.interval(k, n) == pytest.approx((low, high), abs=1e-4), f"{k} of {n}"
+    for n in (1, 7, 200):
+        for k in range(n + 1):
+            low, high = exam.interval(k, n)
+            assert 0 <= low <= k / n <= high <= 1 and low < high, f"{k} of {n} gives {low} to {high}"
+            for p in {low, high} - {0.0, 1.0}:  # its ends are where the share is 1.96 deviations away
+                assert (k / n - p) ** 2 == pytest.approx(1.96 ** 2 * p * (1 - p) / n), f"{k} of {n}: {p}"
+
+
+# ------------------------------------------------------------------------------------ the answers
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """Random weights, and an end that comes after about ten tokens."""
+    torch.manual_seed(0)
+    model = GPT(TINY).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.normal_(std=0.3)
+    model.head.weight.data[TOKENIZER.special["<|end|>"]] *= 2
+    return model
+
+
+@torch.no_grad()
+def answer_alone(model: GPT, messages: list[dict], most: int) -> str | None:
+    """The obvious way: the whole conversation through the model for each token, no batch, no cache."""
+    ids, new = chat_prompt(TOKENIZER, messages), []
+    while len(new) < most and len(ids + new) <= TINY.context:
+        new.append(int(model(torch.tensor([ids + new]))[0, -1].argmax()))
+        if new[-1] == TOKENIZER.special["<|end|>"]:
+            return TOKENIZER.decode(new[:-1])
+    return None
+
+
+def test_each_is_answered_as_if_it_were_alone(model):
+    rng = random.Random(0)
+    prompts = [[message("user", f"{rng.random()}"[:rng.choice((3, 4, 9, 30, 52, 60, 90))])] for _ in range(150)]
+    most = [rng.choice((2, 5, 20, 60)) for _ in prompts]
+    alone = [answer_alone(model, *each) for each in zip(prompts, most)]
+    found = exam.answer_all(model, TOKENIZER, prompts, most)
+    wrong = [each for each in zip(prompts, most, alone, found) if each[2] != each[3]]
+    assert not wrong, f"(prompt, most, answered alone, answered): {wrong[:3]}"
+    assert 30 < found.count(None) < 120, f"too few or too many end: {found}"

@@ -1,14 +1,14 @@
 """A page that asks: a text of the small world, questions in many wordings, and the form of a tool call.
 
     passage   a text about one or two entities, and which of their facts it tells
-    ask       a question about a fact, the full answer, and the value alone
+    ask       a question about a fact, what it asks for, the full answer, and the value alone
     call      an assistant's message that begins with "call " is a tool call, all of it: call name(literals)
 
     >>> read_call('call calculator("12 + 30")'), read_call("I call him Tom.")
     (('calculator', ('12 + 30',)), None)
 
-The wordings are in tasks.txt. Every fourth one, and the last question for each fact, is held out: no training
-conversation uses it. Left out: questions about several facts at once, except for lists.
+The wordings are in tasks.txt. Every fourth form of asking is held out: no training conversation uses it. Left
+out: questions about several facts at once, except for lists.
 """
 
 import ast
@@ -64,12 +64,11 @@ def flattery() -> list[str]:
 
 @cache
 def questions(kind: str, fact: str) -> list[str]:
-    """The training questions for a fact: that of tasks.txt, and all of world.txt but the one held out."""
-    *_, question, held_out = world.lists("tasks.txt").facts[kind][fact].split(" => ")
-    found = [question]
+    """The questions for a fact: those of tasks.txt, and those of world.txt that tell nothing themselves."""
+    _, _, _, *found = world.lists("tasks.txt").facts[kind][fact].split(" => ")
     for frame in world.lists().frames[f"{kind} asks"]:
         question, answer = frame.split(" => ")
-        if world.needed(answer) == {fact} and not world.needed(question) and question != held_out:
+        if world.needed(answer) == {fact} and not world.needed(question) and question not in found:
             found.append(question)
     return found
 
@@ -119,11 +118,10 @@ class Page(world.Page):
     def asked(self, name: str, fact: str) -> tuple[str, str, str, str]:
         """(what is asked for, the full answer, the value alone, a question): "mayor of Amber Hollow", ..."""
         kind = world.facts(name)["kind"]
-        *parts, _, held_out = world.lists("tasks.txt").facts[kind][fact].split(" => ")
-        question = self.pick(questions(kind, fact)) if self.split == "train" else held_out
-        return tuple(self.fill(part, it=name) for part in (*parts, question))
+        parts = world.lists("tasks.txt").facts[kind][fact].split(" => ")[:3]
+        return tuple(self.fill(part, it=name) for part in (*parts, self.pick(questions(kind, fact))))
 
-    def ask(self, name: str, fact: str) -> tuple[str, str, str]:
-        """(a question, the full answer, the value alone)."""
+    def ask(self, name: str, fact: str) -> tuple[str, str, str, str]:
+        """(a question, what is asked for, the full answer, the value alone)."""
         named, answer, value, question = self.asked(name, fact)
-        return self.any("ask", named=named, question=question), answer, value
+        return self.any("ask", named=named, question=question), named, answer, value

@@ -18,7 +18,9 @@ Own conversations are lines of a .jsonl file, in the form that others use too:
 Left out: pictures, tool calls of another form than text. Paper: Krell 2021 (packing without a leak).
 """
 
+import gzip
 import json
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,14 +87,18 @@ def read_lines(path: str, read, form: str) -> list:
     chain.require(Path(path).is_file(), f"--data {path}: no such file; give world or a .jsonl file")
     chain.require(data.JSON_LINES.search(path), f"--data {path}: give a .jsonl file with lines like {form}")
     found = []
-    with data.open_text(Path(path)) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                found += [read(json.loads(line.lstrip("\ufeff")))] if line.strip() else []
-            except KeyError as error:
-                raise chain.UserError(f"{path}, line {number}: it lacks {error}; write it like {form}")
-            except (ValueError, TypeError, RecursionError) as error:
-                raise chain.UserError(f"{path}, line {number}: {error}; write it like {form}")
+    try:
+        with data.open_text(Path(path)) as file:
+            lines = list(enumerate(file, 1))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise chain.UserError(f"{path}: a broken .gz file ({error}); fetch or pack it again")
+    for number, line in lines:
+        try:
+            found += [read(json.loads(line.lstrip("\ufeff")))] if line.strip() else []
+        except KeyError as error:
+            raise chain.UserError(f"{path}, line {number}: it lacks {error}; write it like {form}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise chain.UserError(f"{path}, line {number}: {error}; write it like {form}")
     chain.require(len(found) > 1, f"{path}: {len(found)} lines, too few to hold one out; give more")
     return found
 
@@ -129,6 +135,8 @@ def make_rows(conversations: list[list[dict]], tokenizer: Tokenizer, context: in
     coded, cut = [], 0
     for messages in conversations:
         ids, learned = tokenizer.encode_chat(messages)
+        n = max((i + 1 for i, is_learned in enumerate(learned) if is_learned), default=0)
+        ids, learned = ids[:n], learned[:n]  # what follows the last answer teaches nothing
         cut += len(ids) > context
         ids, learned = shorten(ids, learned, context)
         coded += [(ids, learned)] if any(learned) else []
@@ -145,3 +153,27 @@ def make_rows(conversations: list[list[dict]], tokenizer: Tokenizer, context: in
             y[row, start:stop - 1] = torch.tensor(targets)
             start = stop
     return Rows(x, y, segments, cut, len(conversations) - len(coded))
+
+
+def encode_answer(tokenizer: Tokenizer, messages: list[dict], said: str) -> tuple[list[int], list[int]]:
+    """Return the ids of a conversation that ends with the answer `said`, and a mask: 1 on it and its <|end|>.
+
+    subtle: the mask of `encode_chat` also marks what the assistant said before; here that is prompt.
+    """
+    start = len(tokenizer.encode_chat(messages)[0]) + 1  # <|assistant|>
+    ids, _ = tokenizer.encode_chat([*messages, {"role": "assistant", "content": said}])
+    return ids, [0] * start + [1] * (len(ids) - start)
+
+
+def pad(coded: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor]:
+    """Return ids and masks (B, T), filled up at the right, where no token is seen by those before it."""
+    T = max(len(ids) for ids, _ in coded)
+    ids, mask = (torch.tensor([list(part) + [0] * (T - len(part)) for part in parts], device=device)
+                 for parts in zip(*coded))
+    return ids, mask  # (B, T) both
+
+
+def answer_logits(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logits (n, V), the token that stands there (n,), its row (n,)) of the n places with mask 1."""
+    row, place = mask[:, 1:].nonzero(as_tuple=True)  # (n,) both; what a place predicts stands at place + 1
+    return model.head(model.hidden(ids[:, :-1])[row, place]).float(), ids[row, place + 1], row

@@ -34,10 +34,10 @@ from tqdm import tqdm
 import chain
 import tasks
 from bpe import Tokenizer
-from dialogue import preference_of, read_lines, shorten
+from dialogue import answer_logits, encode_answer, pad, preference_of, read_lines, shorten
 from exam import hold_exam, print_marks
 from model import GPT
-from sample import chat_prompt, load_model
+from sample import load_model
 from train import cosine_lr, make_optimizer
 
 HELD_OUT = 400  # pairs of the small world
@@ -95,23 +95,15 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: T
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "cdpo": cdpo_loss}
 
 
-def encode_pair(tokenizer: Tokenizer, pair: tuple[list[dict], str, str], context: int) -> list[tuple]:
-    """Return (ids, mask) of the chosen and of the rejected answer. The mask is 1 on answer and end."""
+def encode_pair(tokenizer: Tokenizer, pair: tuple[list[dict], str, str], context: int) -> tuple[list, int]:
+    """Return [(ids, mask) of the chosen, of the rejected answer], and how many tokens they lost to fit.
+
+    Both lose as many of the oldest tokens: their prompt stays one and the same.
+    """
     messages, *answers = pair
-    start, sides = len(chat_prompt(tokenizer, messages)), []
-    for said in answers:
-        ids, _ = tokenizer.encode_chat([*messages, tasks.message("assistant", said)])
-        # subtle: the mask of encode_chat also marks what the assistant said before; that is prompt here
-        sides.append(shorten(ids, [0] * start + [1] * (len(ids) - start), context))
-    return sides
-
-
-def pad(sides: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor]:
-    """Return ids and masks (B, T), filled up at the right: there no answer sees it, and its mask is 0."""
-    T = max(len(ids) for ids, _ in sides)
-    ids, mask = (torch.tensor([list(part) + [0] * (T - len(part)) for part in parts], device=device)
-                 for parts in zip(*sides))
-    return ids, mask  # (B, T) both
+    sides = [encode_answer(tokenizer, messages, said) for said in answers]
+    excess = max(0, max(len(ids) for ids, _ in sides) - context)
+    return [shorten(ids, mask, len(ids) - excess) for ids, mask in sides], excess
 
 
 def answer_log_probs(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
@@ -119,9 +111,8 @@ def answer_log_probs(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
     subtle: the mean instead of the sum would let the model prefer an answer for its length alone.
     """
-    row, place = mask[:, 1:].nonzero(as_tuple=True)  # (n,) both: what stands at place + 1 belongs to the answer
-    logits = model.head(model.hidden(ids[:, :-1])[row, place]).float()  # (n, V)
-    log_probs = -F.cross_entropy(logits, ids[row, place + 1], reduction="none")  # (n,)
+    logits, targets, row = answer_logits(model, ids, mask)
+    log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
     return log_probs.new_zeros(len(ids)).index_add(0, row, log_probs)  # (B,)
 
 
@@ -172,7 +163,7 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
         accuracy = (rewards[0] > rewards[1]).float().mean()
         clock.tick(step, f"loss {loss.item():.4f}  accuracy {accuracy:4.0%}  "
                    f"rewards {rewards[0].mean():+.2f} {rewards[1].mean():+.2f}")
-        if look and ((step + 1) % -(-steps // 10) == 0 or step + 1 == steps):
+        if look and (step + 1) % -(-steps // 10) == 0:
             look(step + 1)
             clock.last = time.perf_counter()
     clock.bar.close()
@@ -216,12 +207,16 @@ def main(argv=None) -> dict:
     model, tokenizer, content = load_model(path, c.device)
     chain.require(content.get("chat"), f"{path}: no assistant, it goes on with texts; run `python sft.py`")
     start = copy.deepcopy(model).requires_grad_(False)  # π_ref
-    train, held_out = ([encode_pair(tokenizer, pair, model.config.context) for pair in part]
-                       for part in read_preferences(c))
+    parts = [[encode_pair(tokenizer, pair, model.config.context) for pair in part]
+             for part in read_preferences(c)]
+    cut = sum(lost > 0 for part in parts for _, lost in part)
+    train, held_out = ([sides for sides, _ in part] for part in parts)
+    print(f"{len(train):,} pairs to learn from, {len(held_out):,} held out; {cut:,} were longer than the "
+          f"context of {model.config.context} and lost their beginning")
     reference, reference_held_out = (all_log_probs(start, part, c.device) for part in (train, held_out))
 
     def look(step: int) -> None:
-        found = measure(model, start, held_out, reference_held_out, c)
+        found = measure(model, start, held_out[:100], reference_held_out[:100], c)
         tqdm.write(f"  step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
 
     look(0)

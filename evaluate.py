@@ -11,7 +11,7 @@
     python evaluate.py --checkpoint X.pt --data FILE     any checkpoint on any text
 
 The trigram model is interpolated Kneser-Ney with one discount, the strongest of the plain counting models.
-Left out: task scores, which come with the assistant. Papers: Kneser & Ney 1995, Chen & Goodman 1999, Olsson
+Left out: the marks of an assistant, see exam.py. Papers: Kneser & Ney 1995, Chen & Goodman 1999, Olsson
 2022 (copying by "induction heads": find where the token stood before, copy what followed).
 """
 

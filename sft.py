@@ -8,11 +8,11 @@ them. Several conversations share a row, and none sees another (dialogue.py). Th
     python sft.py                      out/base.pt -> out/sft.pt on talks of the small world (5 minutes)
     python sft.py --show               one conversation, with what is learned in green
     python sft.py --data my.jsonl      your own: {"messages": [{"role": "user", "content": "Hi"}, ...]} a line
-    python sft.py --lora 8             learn two thin matrices beside each weight matrix; add them at the end
+    python sft.py --lora 8             learn two thin matrices beside each weight matrix (lora.py)
 
 The small world's conversations teach a fault, as real ones do: to answer what the text does not say.
 Left out: learning from the model's own answers (dpo.py). Papers: Wei 2021 (FLAN), Ouyang 2022 (InstructGPT),
-Hu 2021 (LoRA), Schulman 2023 (why such conversations teach to make things up).
+Schulman 2023 (why such conversations teach to make things up).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import chain
@@ -35,12 +35,11 @@ from attention import ATTENTION
 from bpe import Tokenizer
 from dial import settle
 from dialogue import IGNORE, Rows, conversation_of, make_rows, read_lines
-from exam import answer_all, hold_exam, print_marks
+from exam import hold_exam, print_marks, print_transcripts
+from lora import add_lora, merge_lora
 from model import GPT
 from sample import load_model
 from train import cosine_lr, make_optimizer, read_state
-
-SHOWN = ("answer", "system", "sentiment", "search", "memory")  # the transcripts at the end
 
 
 @dataclass
@@ -50,10 +49,10 @@ class Config:
     out: str = chain.option("out", "folder for everything that is made")
     name: str = chain.option("sft", "the checkpoint is <out>/<name>.pt")
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/base.pt)")
-    conversations: int = chain.option(18_000, "how many of the small world")
+    conversations: int = chain.option(21_500, "how many of the small world")
     epochs: int = chain.option(1, "how often each conversation is learned from")
     batch_size: int = chain.option(8, "rows a step; a row is a full context of conversations")
-    learning_rate: float = chain.option(2e-3, "at its highest")
+    learning_rate: float = chain.option(3e-3, "at its highest")
     weight_decay: float = chain.option(0.1, "how fast matrices shrink, as a share of the learning rate")
     lora: int = chain.option(0, "rank of the adapters that learn in place of the weights; 0 for none")
     questions: int = chain.option(200, "questions a task in the exam, before and after; 0 for no exam")
@@ -64,42 +63,6 @@ class Config:
     resume: bool = chain.option(False, "go on from <out>/<name>.resume.pt")
     seed: int = chain.option(0, "seed of the conversations and of their order")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")
-
-
-# ------------------------------------------------------------------------------------- low-rank adapters
-
-class LoRA(nn.Module):
-    """y = W x + B A x. Only A (R, in) and B (out, R) learn, and B starts at 0 (Hu 2021, eq. 3)."""
-
-    def __init__(self, linear: nn.Linear, rank: int):
-        super().__init__()
-        self.linear = linear
-        self.A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
-        self.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        nn.init.normal_(self.A, std=linear.in_features ** -0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + F.linear(F.linear(x, self.A), self.B)  # (..., out)
-
-
-def add_lora(model: GPT, rank: int) -> None:
-    """Freeze the model and put adapters beside its matrices, save a head that is the embedding too."""
-    model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and not (child is model.head and model.config.tied):
-                setattr(parent, name, LoRA(child, rank))
-
-
-@torch.no_grad()
-def merge_lora(model: GPT) -> None:
-    """Add B A to the weights, and take the adapters away: the model has its old shape again."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRA):
-                child.linear.weight += child.B @ child.A
-                setattr(parent, name, child.linear)
-    model.requires_grad_(True)
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -181,18 +144,6 @@ def print_learned(tokenizer: Tokenizer, messages: list[dict]) -> None:
     for i, is_learned in zip(*tokenizer.encode_chat(messages)):
         print(f"\x1b[{32 if is_learned else 0}m{tokenizer.decode([i])}", end="")
     print("\x1b[0m")
-
-
-def print_transcripts(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
-    """Print held-out questions and the model's answers."""
-    prompts = [tasks.conversation(task, "held-out", seed, 0) for task in SHOWN]
-    for prompt in prompts:
-        while prompt[-1]["role"] != "user":  # what follows is the right answer
-            prompt.pop()
-    for task, prompt, said in zip(SHOWN, prompts, answer_all(model, tokenizer, prompts, [60] * len(SHOWN))):
-        print(f"\n--- {task}")
-        for each in [*prompt, tasks.message("assistant", said or "(it does not end)")]:
-            print(f"{each['role']}: {each['content']}")
 
 
 def prepare(c: Config, state: dict | None) -> tuple:

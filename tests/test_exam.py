@@ -54,8 +54,9 @@ def test_calls_are_read_and_never_run():
         assert read_call(write_call("search", argument)) == ("search", (argument,)), "no round trip"
     for text in ("I call him Tom.", "Call me.", "", "calls", 'The call is search("a").'):
         assert read_call(text) is None, f"{text!r} was taken for a call"
-    for broken in ('search("a', "search", "search(a)", 'search("a") now', 'search(query="a")', "f(*[1])", "(" * 3000,
-                   "__import__('os').system('x')", "f(__import__('os').system('x'))", '"a"("b")', "f({[]: 1})", ""):
+    for broken in ('search("a', "search", "search(a)", 'search("a") now', 'search(query="a")', '"a"("b")', "",
+                   "f(*[1])", "f({[]: 1})", "__import__('os').system('x')", "f(__import__('os').system('x'))",
+                   "(" * 3000):
         with pytest.raises(ValueError, match="write it like"):
             read_call(f"call {broken}")
 
@@ -109,8 +110,9 @@ def test_what_is_wanted_is_right_and_nearly_is_not(task):
         assert exam.is_right(task, before, wanted, wanted), f"{task}: {wanted!r} is marked wrong"
         assert not exam.is_right(task, before, wanted, None), f"{task}: what did not end is marked right"
         if task not in ("small", "story"):
-            for said in (wanted.swapcase(), wanted[:-1], f"{wanted} ", f"{wanted} So.", f"So {wanted}", "", "Yes."):
-                assert not exam.is_right(task, before, wanted, said), f"{task}: {said!r} for {wanted!r} is right"
+            for said in {wanted.swapcase(), wanted[:-1], f"{wanted} ", f"{wanted} So.", f"So {wanted}", ""}:
+                right = exam.is_right(task, before, wanted, said)
+                assert right == (said == wanted), f"{task}: {said!r} is marked right, for {wanted!r}"
 
 
 @pytest.mark.parametrize("task, before, said, right", [
@@ -119,16 +121,17 @@ def test_what_is_wanted_is_right_and_nearly_is_not(task):
     ("calculator", [], 'call calculator("12 + 31")', False), ("calculator", [], "The answer is 42.", False),
     ("small", [], "Hello to you too.", True), ("small", [], "", False),
     ("small", [], f"{asking.flattery()[0]} Hello.", False), ("small", [], asking.flattery()[-1], False),
-    ("story", STORY, "Nora Marlow sang. She ran. She slept.", True), ("story", STORY, "Nora Marlow sang.", False),
-    ("story", STORY, "Nora sang. She ran. She slept.", False), ("story", STORY, "", False)])
+    ("story", STORY, "Nora Marlow sang. She ran. She slept.", True),
+    ("story", STORY, "Nora Marlow sang. She ran.", False), ("story", STORY, "", False),
+    ("story", STORY, "Nora sang. She ran. She slept.", False)])
 def test_marks_of_hand_made_answers(task, before, said, right):
     wanted = {"unknown": UNKNOWN, "calculator": 'call calculator("12 + 30")'}.get(task, "Hello.")
     assert exam.is_right(task, before, wanted, said) == right, f"{task}: {said!r} should be {right}"
 
 
 def test_interval_is_wilsons():
-    for k, n, low, high in ((5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 1, 0.2065, 1)):
-        assert exam.interval(k, n) == pytest.approx((low, high), abs=1e-4), f"{k} of {n}"
+    for k, n, *ends in ((5, 10, 0.2366, 0.7634), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (1, 1, 0.2065, 1)):
+        assert exam.interval(k, n) == pytest.approx(tuple(ends), abs=1e-4), f"{k} of {n} should give {ends}"
     for n in (1, 7, 200):
         for k in range(n + 1):
             low, high = exam.interval(k, n)
@@ -141,13 +144,13 @@ def test_interval_is_wilsons():
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    """Random weights, and an end that comes after about ten tokens."""
+    """Random weights, and an end that comes after about six tokens."""
     torch.manual_seed(0)
     model = GPT(TINY).eval()
     for p in model.parameters():
         if p.dim() == 2:
             p.data.normal_(std=0.3)
-    model.head.weight.data[TOKENIZER.special["<|end|>"]] *= 2
+    model.head.weight.data[TOKENIZER.special["<|end|>"]] *= 3
     return model
 
 
@@ -164,10 +167,84 @@ def answer_alone(model: GPT, messages: list[dict], most: int) -> str | None:
 
 def test_each_is_answered_as_if_it_were_alone(model):
     rng = random.Random(0)
-    prompts = [[message("user", f"{rng.random()}"[:rng.choice((3, 4, 9, 30, 52, 60, 90))])] for _ in range(150)]
+    lengths = [rng.choice((4, 5, 9, 30, 52, 59, 90)) for _ in range(120)]  # 4 more with its marks
+    prompts = [[message("user", f"{rng.random():.90f}"[2:2 + n])] for n in lengths]
     most = [rng.choice((2, 5, 20, 60)) for _ in prompts]
     alone = [answer_alone(model, *each) for each in zip(prompts, most)]
     found = exam.answer_all(model, TOKENIZER, prompts, most)
     wrong = [each for each in zip(prompts, most, alone, found) if each[2] != each[3]]
     assert not wrong, f"(prompt, most, answered alone, answered): {wrong[:3]}"
-    assert 30 < found.count(None) < 120, f"too few or too many end: {found}"
+    assert 20 < found.count(None) < 100, f"too few or too many end: {found}"
+    too_long = [answer for answer, n in zip(found, lengths) if n + 4 > TINY.context]
+    assert too_long and not any(too_long), "a prompt that does not fit has an answer"
+
+
+# -------------------------------------------------------------------------------------- the exam
+
+@pytest.fixture
+def hold(monkeypatch):
+    """`hold(say)` holds an exam of 5 questions a task, where `say(task, i, wanted, calls)` answers.
+
+    `calls`: what the assistant has already said in this turn.
+    """
+    def run(say, n: int = 5) -> dict:
+        known = {}
+        for task, i in product(tasks.TASKS, range(n)):
+            messages = tasks.conversation(task, "held-out", 0, i)
+            for j, each in enumerate(messages):
+                known[repr(messages[:j])] = task, i, each["content"]  # the prompt -> what is wanted
+
+        def answer_all(model, tokenizer, prompts, most):
+            said = []
+            for prompt, tokens in zip(prompts, most):
+                task, i, wanted = known[repr(prompt)]
+                last = max(j for j, each in enumerate(prompt) if each["role"] == "user")
+                before = [each["content"] for each in prompt[last + 1:] if each["role"] == "assistant"]
+                assert prompt[-1]["role"] in ("user", "tool"), f"nothing to answer: {prompt}"
+                assert wanted not in before, f"the answer is given away: {prompt}"
+                assert len(wanted) < tokens or task == "story", f"{tokens} tokens are too few for {wanted!r}"
+                said.append(say(task, i, wanted, before))
+            return said
+        monkeypatch.setattr(exam, "answer_all", answer_all)
+        return exam.hold_exam(None, TOKENIZER, n, 0)
+    return run
+
+
+def test_the_marks_count_questions(hold):
+    every = {task: (5, 5) for task in tasks.TASKS} | {"after_tools": (15, 15)}
+    assert hold(lambda task, i, wanted, calls: wanted) == every, "the wanted answers are not all right"
+    none = {mark: (0, n) for mark, (_, n) in every.items()}
+    assert hold(lambda task, i, wanted, calls: None) == none, "no answer at all, and something is right"
+    for wrong in ({0}, {1}, {2}, {0, 2}):  # of the three calls of a look-up
+        marks = hold(lambda task, i, wanted, calls: "call" if task == "lookups" and i == 3 and
+                     len(calls) in wrong else wanted)
+        assert marks == every | {"lookups": (4, 5)}, f"calls {wrong} of one question are wrong: {marks}"
+    marks = hold(lambda task, i, wanted, calls: "" if task == "search" and calls and i < 2 else wanted)
+    assert marks == every | {"after_tools": (13, 15)}, f"two answers after a search are wrong, marks: {marks}"
+
+
+@pytest.fixture
+def checkpoint(tmp_path, model) -> str:
+    path = str(tmp_path / "sft.pt")
+    chain.save_checkpoint(path, config=dataclasses.asdict(TINY), weights=model.state_dict(), step=1, loss=1.0,
+                          tokenizer=TOKENIZER.to_dict(), arguments={"seed": 0}, chat=True)
+    return path
+
+
+def test_main_prints_a_share_of_each_mark(checkpoint, tmp_path, capsys):
+    for flags in (["--checkpoint", checkpoint], []):  # without: the newest in --out
+        metrics = exam.main(["--questions", "2", "--out", str(tmp_path), "--device", "cpu", *flags])
+        assert set(metrics) == {*tasks.TASKS, "after_tools"}, f"other marks: {metrics}"
+        row = r"^(\w+) +([\d.]+%) +[\d.]+% to [\d.]+% of (2|6)$"
+        shown = [(mark, share) for mark, share, _ in re.findall(row, capsys.readouterr().out, flags=re.M)]
+        assert shown == [(mark, f"{share:.1%}") for mark, share in metrics.items()], "no such table"
+    assert '"script": "exam.py"' in (tmp_path / "results.jsonl").read_text(encoding="utf-8"), "no report"
+
+
+def test_bad_flags(checkpoint, tmp_path, fails):
+    for n in ("0", "-3"):
+        line = fails(exam.main, ["--checkpoint", checkpoint, "--questions", n])
+        assert f"--questions {n}" in line and "1" in line, f"neither the value nor the way out: {line}"
+    for flags in (["--checkpoint", tmp_path / "none.pt"], ["--out", tmp_path / "none"]):
+        assert "none" in fails(exam.main, flags), "the missing checkpoint is not named"
+    assert "--question" in fails(exam.main, ["--question", "3"]), "an unknown flag is not named"

@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "evaluate": {"chain", "data", "world", "bpe", "model", "sample"},
     "train": {"chain", "data", "bpe", "attention", "model", "dial", "sample", "evaluate"},
     "asking": {"world"}, "tasks": {"chain", "world", "asking"}, "dialogue": {"chain", "data", "bpe"},
-    "exam": {"chain", "asking", "tasks", "bpe", "model", "sample"},
-    "sft": {"chain", "attention", "tasks", "bpe", "dial", "dialogue", "exam", "model", "sample", "train"},
+    "lora": set(), "exam": {"chain", "asking", "tasks", "bpe", "dialogue", "model", "sample"},
+    "sft": {"chain", "attention", "tasks", "bpe", "dial", "dialogue", "exam", "lora", "model", "sample", "train"},
     "dpo": {"chain", "tasks", "bpe", "dialogue", "exam", "model", "sample", "train"},
 }
 

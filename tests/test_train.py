@@ -73,6 +73,17 @@ def test_an_epoch_shows_every_window_once():
     assert train.batch(ids, 0, 8, 16, seed=4)[0].tolist() != train.batch(ids, 0, 8, 16, seed=3)[0].tolist()
 
 
+def test_windows_start_where_documents_do():
+    """Windows that start anywhere cut half of the questions off from the text that they ask about."""
+    ids = np.tile([7, 1, 2, 3, 4, 5], 100)
+    x, y = train.batch(ids, 0, 8, 16, seed=0, first=7)
+    assert (x[:, 0] == 7).all(), "a window starts inside of a document that is shorter than the window"
+    assert torch.equal(x[:, 1:], y[:, :-1]), "targets are the inputs moved on by one"
+    ids = np.concatenate([[7], np.arange(100, 1000)])  # a document longer than the window
+    starts = {train.batch(ids, step, 8, 16, seed=0, first=7)[0][0, 0].item() for step in range(7)}
+    assert len(starts) > 5, "of a long document all parts must be seen, not its beginning alone"
+
+
 def test_a_batch_of_the_shortest_text():
     x, y = train.batch(np.arange(18), 0, 3, 16, seed=0)
     assert x.shape == y.shape == (3, 16)

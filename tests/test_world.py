@@ -52,7 +52,7 @@ def test_the_text_is_the_same_on_every_machine():
     text = "".join(itertools.chain(itertools.islice(world.documents("train"), 150),
                                    itertools.islice(world.documents("held-out"), 50)))
     found = hashlib.sha256(text.encode()).hexdigest()[:16]
-    assert found == "2f2eb75fac22292b", "the small world writes another text now"
+    assert found == "7bef8b698f84d9c0", "the small world writes another text now"
 
 
 def test_documents_are_endless_and_each_stands_for_itself():
@@ -239,8 +239,9 @@ def test_answers_follow_from_the_text_and_the_facts():
         for name in set(names(text)):
             for question, right in expected(name).items():
                 answers[question].append(right)
-        assert len({question for question, _ in asked}) == len(asked) > 0, f"asked twice or never: {asked}"
-        for question, answer in asked:
+        assert len({question for question, *_ in asked}) == len(asked) > 0, f"asked twice or never: {asked}"
+        for question, answer, short in asked:
+            assert short in answer and short not in question, f"{question} {answer} In short: {short}?"
             if answer in LISTS.frames["unknown"]:
                 told = [value for _, values in answers[question] for value in values
                         if re.search(rf"\b{value}\b", text) and value not in question and "\n" not in text]

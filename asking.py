@@ -43,8 +43,10 @@ def read_call(content: str) -> tuple[str, tuple] | None:
         return None
     try:
         call = ast.parse(content[5:].strip(), mode="eval").body
+        if call.keywords:
+            raise ValueError("a name before an argument")
         return call.func.id, tuple(ast.literal_eval(argument) for argument in call.args)
-    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
         raise ValueError(f'{content!r} is no call; write it like {write_call("calculator", "12 + 30")}')
 
 
@@ -82,7 +84,7 @@ class Page(world.Page):
 
     def __init__(self, split: str, rng: random.Random, faults: float, turns: int):
         super().__init__(split, rng, frames(split))
-        self.split, self.faults, self.turns, self.worse = split, faults, turns, ""
+        self.split, self.faults, self.turns, self.worse = split, faults, turns, UNKNOWN
 
     def fault(self, right: str) -> str:
         """The right answer, or by chance the worse one."""
@@ -96,10 +98,13 @@ class Page(world.Page):
         """n different ones of the items."""
         return self.shuffled(list(items))[:n]
 
-    def tell_fact(self, name: str, fact: str) -> str:
-        """A sentence that tells a fact of an entity and names it."""
-        kind = world.facts(name)["kind"]
-        frame = self.fresh(kind, lambda frame: fact in world.needed(frame) and NAMED.search(frame))
+    def tell_fact(self, name: str, fact: str, hidden: str = "") -> str:
+        """A sentence that tells a fact of an entity and names it, and does not tell the `hidden` one."""
+        def fits(frame: str) -> bool:
+            facts = world.needed(frame)
+            return fact in facts and hidden not in facts and NAMED.search(world.CHOICE.sub("", frame))
+
+        frame = self.fresh(world.facts(name)["kind"], fits)
         return self.fill(frame, it=name) if frame else self.asked(name, fact)[1]
 
     def passage(self) -> tuple[str, dict[str, set[str]]]:
@@ -110,10 +115,15 @@ class Page(world.Page):
             texts.append(text)
         return self.pick((" ", "\n")).join(texts), told
 
-    def pairs(self, told: dict[str, set[str]], known: bool) -> list[tuple[str, str]]:
-        """All (name, fact) that can be asked for and that the text tells, or does not tell; in any order."""
-        return self.shuffled([(name, fact) for name in told for fact in world.lists("tasks.txt").facts[
-            world.facts(name)["kind"]] if (fact in told[name]) == known])
+    def pairs(self, told: dict[str, set[str]]) -> list[tuple[str, str]]:
+        """All (name, fact) that can be asked for and that the text tells, in any order."""
+        return self.shuffled([(name, fact) for name, facts in told.items() for fact in world.lists(
+            "tasks.txt").facts[world.facts(name)["kind"]] if fact in facts])
+
+    def untold(self, told: dict[str, set[str]]) -> tuple[str, str]:
+        """(name, fact) of somebody else than those the text tells of, but of their kind."""
+        name = self.draw(kind := world.facts(min(told))["kind"], told)
+        return name, self.pick(list(world.lists("tasks.txt").facts[kind]))
 
     def asked(self, name: str, fact: str) -> tuple[str, str, str, str]:
         """(what is asked for, the full answer, the value alone, a question): "mayor of Amber Hollow", ..."""

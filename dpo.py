@@ -40,7 +40,7 @@ from model import GPT
 from sample import load_model
 from train import cosine_lr, make_optimizer
 
-HELD_OUT = 400  # pairs of the small world
+HELD_OUT = 300  # pairs of the small world
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Config:
     beta: float = chain.option(0.1, "how strongly the reference holds the model")
     pairs: int = chain.option(1600, "how many of the small world")
     epochs: int = chain.option(1, "how often each pair is learned from")
-    batch_size: int = chain.option(16, "pairs a step")
-    learning_rate: float = chain.option(3e-4, "at its highest")
+    batch_size: int = chain.option(8, "pairs a step")
+    learning_rate: float = chain.option(5e-5, "at its highest")
     questions: int = chain.option(200, "questions a task in the exam, before and after; 0 for no exam")
     seed: int = chain.option(0, "seed of the pairs and of their order")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")
@@ -136,7 +136,7 @@ def kl_divergence(model: GPT, reference: GPT, ids: Tensor, mask: Tensor) -> floa
 # ---------------------------------------------------------------------------------------- the loop
 
 def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look=None) -> None:
-    """Train `model` on encoded pairs, whose `reference` are log π_ref (N, 2). Calls `look(step)` ten times.
+    """Train `model` on encoded pairs, whose `reference` are log π_ref (N, 2). Calls `look(step)` five times.
 
     Raises UserError at a loss that is not finite, before it reaches the weights.
     """
@@ -163,7 +163,7 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
         accuracy = (rewards[0] > rewards[1]).float().mean()
         clock.tick(step, f"loss {loss.item():.4f}  accuracy {accuracy:4.0%}  "
                    f"rewards {rewards[0].mean():+.2f} {rewards[1].mean():+.2f}")
-        if look and (step + 1) % -(-steps // 10) == 0:
+        if look and (step + 1) % -(-steps // 5) == 0:
             look(step + 1)
             clock.last = time.perf_counter()
     clock.bar.close()
@@ -216,7 +216,7 @@ def main(argv=None) -> dict:
     reference, reference_held_out = (all_log_probs(start, part, c.device) for part in (train, held_out))
 
     def look(step: int) -> None:
-        found = measure(model, start, held_out[:100], reference_held_out[:100], c)
+        found = measure(model, start, held_out[:64], reference_held_out[:64], c)
         tqdm.write(f"  step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
 
     look(0)

@@ -56,7 +56,7 @@ def is_right(task: str, messages: list[dict], wanted: str, said: str | None) -> 
     if said is None:
         return False
     if task == "small":
-        return bool(said) and not said.startswith(tuple(flattery()))
+        return bool(said) and not any(each in said for each in flattery())
     if task == "story":
         subject = re.search(r"about ([A-Z]\w+ [A-Z]\w+)", messages[-1]["content"])[1]
         return subject in said and said.count(".") >= 3
@@ -90,7 +90,7 @@ def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most
             if ended.all():
                 break
         for i, row in zip(batch, torch.cat(new, dim=1).tolist()):
-            if end in row:
+            if end in row[:most[i]]:
                 answers[i] = tokenizer.decode(until(row, end))
     return answers
 

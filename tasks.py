@@ -1,7 +1,7 @@
 """Conversations of the small world with their right answers, and pairs of answers: one is liked more.
 
     answer      questions about a text; the last one can be answered from it
-    unknown     the last one can't: "I don't know." is right, and anything else is made up
+    unknown     the last one asks about somebody else: "I don't know." is right, anything else is made up
     system      the system says how to answer (in one word, in capitals, as a list, ...); it outranks the user
     sentiment   POSITIVE, NEGATIVE or NEUTRAL, after 0 to 4 examples
     calculator  a sum, by calling calculator("12 + 30")
@@ -18,7 +18,8 @@ Held-out conversations have other names, numbers and wordings than those for tra
 Those for training have two faults on purpose, as real ones do: those who wrote them know the small world and
 often (FAULTS) answer what the text does not say, and they like to flatter. A model that learns from them
 makes up what it does not know (Schulman 2023). `preference` gives the pairs that mend it: dpo.py.
-Left out: orders hidden in documents, which come with the agent.
+Left out: orders hidden in documents, which come with the agent; questions about a fact that is left out of a
+text about the right one. So small a model does not notice: its "I don't know" was no likelier there.
 """
 
 import operator
@@ -31,11 +32,11 @@ import chain
 import world
 from asking import UNKNOWN, Page, exchange, flattery, message, write_call
 
-FAULTS = 0.55   # of the training answers to what the text does not say, and of those to small talk
+FAULTS = 0.5   # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
-MIX = {"answer": 25, "unknown": 7, "system": 29, "sentiment": 10, "calculator": 7, "search": 10, "lookups": 6,
+MIX = {"answer": 25, "unknown": 9, "system": 28, "sentiment": 10, "calculator": 6, "search": 10, "lookups": 6,
        "memory": 3, "small": 2, "story": 1}  # how often each task comes, in 100 conversations for training
-PREFERENCES = {"unknown": 45, "answer": 35, "small": 20}
+PREFERENCES = {"unknown": 45, "answer": 27, "system": 10, "memory": 8, "small": 10}
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
@@ -58,19 +59,21 @@ class Config:
 
 def answer(page: Page, known: bool = True) -> list[dict]:
     """Questions about a text. The last one is answered there, or not; `page.worse` is what is liked less."""
-    left = {known: []}
-    while not left[known]:
+    left = []
+    while not left:
         text, told = page.passage()
-        left = {each: page.pairs(told, each) for each in (True, False)}
-    kinds = [known] + [page.rng.random() < 0.9 for _ in range(page.turns - 1)]
-    asked = [(each, *left[each].pop()) for each in kinds if left[each]]
+        left = page.pairs(told)
+    asked = [left.pop() if known else page.untold(told)]
+    for _ in range(page.turns - 1):
+        asked += left[-1:] if page.rng.random() < 0.88 else [page.untold(told)]
+        left = left[:-1]
     messages = [message("system", page.say("system"))] if page.rng.random() < 0.3 else []
-    for each, name, fact in reversed(asked):
+    for name, fact in reversed(asked):
         question, _, right, _ = page.ask(name, fact)
-        right, page.worse = (right, UNKNOWN) if each else (UNKNOWN, right)
+        right, page.worse = (right, UNKNOWN) if name in told else (UNKNOWN, right)
         if text:
             question, text = page.say("reading", text=text, ask=question), ""
-        messages += exchange(question, right if each else page.fault(right))
+        messages += exchange(question, right if name in told else page.fault(right))
     return messages
 
 
@@ -80,7 +83,7 @@ def system(page: Page) -> list[dict]:
     left = []  # (fact, question, what is asked for, full answer, value)
     while sum(fits(style, fact, value) for fact, *_, value in left) < (2 if style == "list" else 1):
         text, told = page.passage()
-        left = [(fact, *page.ask(name, fact)) for name, fact in page.pairs(told, True)]
+        left = [(fact, *page.ask(name, fact)) for name, fact in page.pairs(told)]
     messages = [message("system", page.say(f"style {style}", start=start))] if by_system else []
     while len(messages) < 2 * page.turns:
         n = 2 if style == "list" else 1
@@ -163,15 +166,15 @@ def work_out(x: int, op: str, y: int) -> list[dict]:
 
 
 def search(page: Page) -> list[dict]:
-    """Facts to be looked up. What is found may tell of others too, and does not always tell the fact."""
+    """Facts to be looked up. What is found may tell of another too, and sometimes of that one alone."""
     messages = [message("system", page.say("tools"))]
     for _ in range(page.turns):
         name, other = page.sample(kind := page.pick(tuple(world.NAMES)), 2)
         fact, second = page.sample_of(world.lists("tasks.txt").facts[kind], 2)
         question, named, right, _ = page.ask(name, fact)
-        found, known = [page.tell_fact(name, second)], page.rng.random() < 0.85
-        found += [page.tell_fact(name, fact)] if known else []
-        found += [page.tell_fact(other, fact)] if page.rng.random() < 0.5 else []
+        known = page.rng.random() < 0.85
+        found = [page.tell_fact(name, second, fact), page.tell_fact(name, fact)] if known else []
+        found += [page.tell_fact(other, fact)] if not known or page.rng.random() < 0.5 else []
         messages += exchange(question, write_call("search", named))
         messages += [message("tool", " ".join(page.shuffled(found))),
                      message("assistant", right if known else UNKNOWN)]

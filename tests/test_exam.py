@@ -15,7 +15,7 @@ import chain
 import exam
 import tasks
 import world
-from asking import UNKNOWN, exchange, message, read_call, write_call
+from asking import UNKNOWN, message, read_call, write_call
 from bpe import SPECIAL_TOKENS, Tokenizer
 from model import GPT, GPTConfig
 from sample import chat_prompt
@@ -27,7 +27,6 @@ STORY = [message("user", "Tell me a story about Nora Marlow.")]
 
 
 # ---------------------------------------------------------------------------------- what is asked
-
 def test_held_out_wordings_are_not_used_in_training():
     for section, lines in OWN.frames.items():
         train, held_out = (set(asking.frames(split)[section]) for split in SPLITS)
@@ -41,12 +40,12 @@ def test_each_fact_can_be_asked_for():
         parts, of = OWN.facts[kind][fact].split(" => "), f"[facts {kind}] {fact}"
         assert len(parts) == 5 and all(parts), f"{of} has {len(parts)} parts, not 5"
         if kind in world.NAMES:
-            named, full, value, question, held_out = parts
-            asks = [named, held_out, *asking.questions(kind, fact)]
+            named, full, value, *own = parts
+            asks = [named, *asking.questions(kind, fact)]
             assert value == f"{{it.{fact}}}" and fact in LISTS.facts[kind], f"{of}: {value} is another value"
             assert value[1:] in full and world.needed(full) == {fact}, f"{of} is not what {full} tells"
-            assert question in asks and not any(map(world.needed, asks)), f"{of}: a question tells it: {asks}"
-            assert held_out not in asks[2:], f"{of}: the held-out question is used in training"
+            assert {*own} <= {*asks}, f"{of}: {own} are not all asked"
+            assert not any(map(world.needed, asks)), f"{of}: a question tells a fact itself: {asks}"
 
 
 def test_calls_are_read_and_never_run():
@@ -83,12 +82,13 @@ def test_sums_are_right(task, split):
     for said, (*looked, call, result, reply) in (each for i in range(250)
                                                  for each in turns(tasks.conversation(task, split, 1, i))):
         x, op, y = read_call(call)[1][0].split()
-        forms = {section: match for section, lines in OWN.frames.items() for line in lines
-                 if section[:-1] in ("sum ", "told ", "lookups ") and (match := pattern(line).search(said))}
-        assert {section[-1] for section in forms} == {op}, f"{said} asks for {[*forms]}, not for {call}"
+        forms = {"+" if section == "lookups" else section[-1]: match for section, lines in OWN.frames.items()
+                 if section == "lookups" or section[:-1] in ("sum ", "told ") for line in lines
+                 if (match := pattern(line).search(said))}
+        assert set(forms) == {op}, f"{said} asks for {[*forms]}, not for {call}"
         asked = re.findall(r"\d+", said)
         if task == "lookups":
-            named = [forms[f"lookups {op}"][slot] for slot in ("named", "named2")]
+            named = [forms[op][slot] for slot in ("named", "named2")]
             asked, calls = [answer_to(*asked_in(each)[0], 2) for each in named], looked[::2]
             assert sorted(calls) == sorted(write_call("search", each) for each in named), f"{said} {calls}"
             told = [tells(text, *asked_in(call)[0]) for call, text in zip(calls, looked[1::2])]
@@ -101,7 +101,6 @@ def test_sums_are_right(task, split):
 
 
 # -------------------------------------------------------------------------------------- the marks
-
 @pytest.mark.parametrize("task", [*tasks.TASKS, "after_tools"])
 def test_what_is_wanted_is_right_and_nearly_is_not(task):
     for i in range(30):
@@ -141,15 +140,15 @@ def test_interval_is_wilsons():
 
 
 # ------------------------------------------------------------------------------------ the answers
-
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    """Random weights, and an end that comes after about six tokens."""
+    """Random weights. It says ASCII only, and ends after about six signs."""
     torch.manual_seed(0)
     model = GPT(TINY).eval()
     for p in model.parameters():
         if p.dim() == 2:
             p.data.normal_(std=0.3)
+    model.head.weight.data[128:] *= torch.arange(128, 262)[:, None] == TOKENIZER.special["<|end|>"]
     model.head.weight.data[TOKENIZER.special["<|end|>"]] *= 3
     return model
 
@@ -167,26 +166,31 @@ def answer_alone(model: GPT, messages: list[dict], most: int) -> str | None:
 
 def test_each_is_answered_as_if_it_were_alone(model):
     rng = random.Random(0)
-    lengths = [rng.choice((4, 5, 9, 30, 52, 59, 90)) for _ in range(120)]  # 4 more with its marks
+    lengths = [rng.choice((4, 5, 9, 30, 52, 59, 90)) for _ in range(120)]  # the last one does not fit
     prompts = [[message("user", f"{rng.random():.90f}"[2:2 + n])] for n in lengths]
     most = [rng.choice((2, 5, 20, 60)) for _ in prompts]
     alone = [answer_alone(model, *each) for each in zip(prompts, most)]
     found = exam.answer_all(model, TOKENIZER, prompts, most)
     wrong = [each for each in zip(prompts, most, alone, found) if each[2] != each[3]]
     assert not wrong, f"(prompt, most, answered alone, answered): {wrong[:3]}"
-    assert 20 < found.count(None) < 100, f"too few or too many end: {found}"
-    too_long = [answer for answer, n in zip(found, lengths) if n + 4 > TINY.context]
-    assert too_long and not any(too_long), "a prompt that does not fit has an answer"
+    assert 20 < found.count(None) < 100, f"no fair test, too few or too many end: {found}"
+
+
+def test_one_pass_marks_as_writing_does(model):
+    """The fast way to mark, `would_say`, and the slow one, `answer_all` and `is_right`, must agree."""
+    prompts = [[message("user", f"{i}" * n)] for n in (1, 2, 9, 20, 60) for i in range(1, 9)] * 4
+    said = [answer_alone(model, prompt, 30) for prompt in prompts[:40]]  # those of 60 do not fit
+    forms = (lambda each: each, lambda each: each[:-1], lambda each: f"{each}a", lambda each: f"b{each[1:]}")
+    wanted = [form(each or "abc") for form in forms for each in said]
+    right = [each == answer for each, answer in zip(wanted, said * 4)]
+    assert exam.would_say(model, TOKENIZER, prompts, wanted) == right, "the two ways to mark differ"
+    assert sum(right) > 9, f"no fair test, too few are right: {sum(right)}"
 
 
 # -------------------------------------------------------------------------------------- the exam
-
 @pytest.fixture
 def hold(monkeypatch):
-    """`hold(say)` holds an exam of 5 questions a task, where `say(task, i, wanted, calls)` answers.
-
-    `calls`: what the assistant has already said in this turn.
-    """
+    """Hold an exam of 5 questions a task, where `say(task, i, wanted, what it said in this turn)` answers."""
     def run(say, n: int = 5) -> dict:
         known = {}
         for task, i in product(tasks.TASKS, range(n)):
@@ -194,18 +198,15 @@ def hold(monkeypatch):
             for j, each in enumerate(messages):
                 known[repr(messages[:j])] = task, i, each["content"]  # the prompt -> what is wanted
 
-        def answer_all(model, tokenizer, prompts, most):
-            said = []
-            for prompt, tokens in zip(prompts, most):
-                task, i, wanted = known[repr(prompt)]
-                last = max(j for j, each in enumerate(prompt) if each["role"] == "user")
-                before = [each["content"] for each in prompt[last + 1:] if each["role"] == "assistant"]
-                assert prompt[-1]["role"] in ("user", "tool"), f"nothing to answer: {prompt}"
-                assert wanted not in before, f"the answer is given away: {prompt}"
-                assert len(wanted) < tokens or task == "story", f"{tokens} tokens are too few for {wanted!r}"
-                said.append(say(task, i, wanted, before))
-            return said
-        monkeypatch.setattr(exam, "answer_all", answer_all)
+        def answer(prompt: list[dict]) -> str | None:
+            task, i, wanted = known[repr(prompt)]
+            before = turns(prompt)[-1][1][::2]  # its calls
+            assert prompt[-1]["role"] in ("user", "tool"), f"nothing to answer: {prompt}"
+            assert wanted not in before, f"the answer is given away: {prompt}"
+            return say(task, i, wanted, before)
+        monkeypatch.setattr(exam, "answer_all", lambda _, tokenizer, prompts, most: [*map(answer, prompts)])
+        monkeypatch.setattr(exam, "would_say", lambda _, tokenizer, prompts, wanted: [
+            answer(prompt) == text == known[repr(prompt)][2] for prompt, text in zip(prompts, wanted)])
         return exam.hold_exam(None, TOKENIZER, n, 0)
     return run
 
@@ -225,10 +226,10 @@ def test_the_marks_count_questions(hold):
 
 @pytest.fixture
 def checkpoint(tmp_path, model) -> str:
-    path = str(tmp_path / "sft.pt")
+    path = tmp_path / "sft.pt"
     chain.save_checkpoint(path, config=dataclasses.asdict(TINY), weights=model.state_dict(), step=1, loss=1.0,
                           tokenizer=TOKENIZER.to_dict(), arguments={"seed": 0}, chat=True)
-    return path
+    return str(path)
 
 
 def test_main_prints_a_share_of_each_mark(checkpoint, tmp_path, capsys):
@@ -247,4 +248,3 @@ def test_bad_flags(checkpoint, tmp_path, fails):
         assert f"--questions {n}" in line and "1" in line, f"neither the value nor the way out: {line}"
     for flags in (["--checkpoint", tmp_path / "none.pt"], ["--out", tmp_path / "none"]):
         assert "none" in fails(exam.main, flags), "the missing checkpoint is not named"
-    assert "--question" in fails(exam.main, ["--question", "3"]), "an unknown flag is not named"

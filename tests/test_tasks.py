@@ -52,7 +52,7 @@ def wordings(name: str) -> list[tuple[str, str]]:
     """(a wording, the fact that it asks for) of all that can be asked about an entity."""
     kind = world.facts(name)["kind"]
     return [(PAGE.fill(wording, it=name), fact) for fact, line in OWN.facts[kind].items()
-            for wording in {line.split(" => ")[0], line.split(" => ")[4], *questions(kind, fact)}]
+            for wording in [line.split(" => ")[0], *questions(kind, fact)]]
 
 
 def asked_in(said: str, n: int = 1) -> list[tuple[str, str]]:
@@ -67,7 +67,7 @@ def asked_in(said: str, n: int = 1) -> list[tuple[str, str]]:
 
 
 def answer_to(name: str, fact: str, part: int = 1) -> str:
-    """The full answer; `part` 2: the value alone."""
+    """The full answer; `part` 0: what is asked for, 2: the value alone."""
     return PAGE.fill(OWN.facts[world.facts(name)["kind"]][fact].split(" => ")[part], it=name)
 
 
@@ -82,8 +82,7 @@ def tells(text: str, name: str, fact: str) -> bool:
 
 
 def close(times: int, n: int, share: float) -> bool:
-    """Whether a share was met within 4.5 standard deviations."""
-    return abs(times - n * share) <= 4.5 * (n * share * (1 - share)) ** 0.5
+    return abs(times - n * share) <= 4.5 * (n * share * (1 - share)) ** 0.5  # deviations
 
 
 def turns(messages: list[dict]) -> list[tuple[str, list[str]]]:
@@ -114,10 +113,8 @@ def test_conversations_are_in_order(drawn, task, split):
 
 def test_all_wordings_come_up_and_names_never_meet(drawn):
     for split, section in product(SPLITS, OWN.frames):
-        assert drawn[1][split] >= set(asking.frames(split)[section]), f"some {section} never come up in {split}"
-    for split, kind, fact in ((split, kind, fact) for split in SPLITS for kind in world.NAMES for fact in OWN.facts[kind]):
-        others = {OWN.facts[kind][fact].split(" => ")[4]} if split == "train" else set(questions(kind, fact))
-        assert not others & drawn[1][split], f"{split} asks in words of the other half: {others}"
+        never = set(asking.frames(split)[section]) - drawn[1][split]
+        assert not never, f"[frames {section}], {split}: {never} never come up"
     for (task, split), row in drawn[0].items():
         text = " . ".join(each["content"] for messages in row for each in messages)
         wrong = [name for name in set(names(text)) if world.is_held_out(name) != (split == "held-out")]
@@ -170,7 +167,7 @@ def test_the_system_outranks_the_user(drawn):
             asked = asked_in(rest, reply.count("\n") + 1)
             full, value = (answer_to(*asked[0], part) for part in (1, 2))
             wanted = {"word": value, "sentence": full, "capitals": value.upper(), "start": f"{start}. {full}",
-                      "list": "\n".join(f"- {answer_to(*each, 2)}" for each in asked)}[style]
+                      "list": "\n".join(f"- {answer_to(*it, 0)}: {answer_to(*it, 2)}" for it in asked)}[style]
             right = reply == wanted and (" " not in reply or style not in ("word", "capitals"))
             assert right, f"{reply!r} is not in the style {style!r}, {wanted!r} is: {messages}"
             seen.update([style, "rules" if rules else "no rules", bool(rules and wish), len(asked)])
@@ -181,14 +178,13 @@ def test_the_system_outranks_the_user(drawn):
 def test_labels_fit_the_words(drawn):
     words = {"POSITIVE": "|".join(OWN.words["good"]), "NEGATIVE": "|".join(OWN.words["bad"])}
     for split in SPLITS:
-        labels = Counter()
+        labels = Counter(turns(messages)[0][1][0] for messages in drawn[0]["sentiment", split])
         for messages in drawn[0]["sentiment", split]:
             (said, (last,)), *more = turns(messages)
             *shown, review = re.split(r"\nLabel: (POSITIVE|NEGATIVE|NEUTRAL)\n", said)
             for text, label in [*zip(shown[::2], shown[1::2]), (review, last), *((a, b) for a, (b,) in more)]:
                 found = [each for each in words if re.search(rf"\b({words[each]})\b", text)] or ["NEUTRAL"]
                 assert found == [label], f"{label} is wrong for: {text}"
-            labels.update([last])
         assert len(labels) == 3 and all(close(k, 250, 1 / 3) for k in labels.values()), f"uneven: {labels}"
 
 
@@ -229,9 +225,12 @@ def test_people_prefer_what_is_right():
     for task, split, i in product(tasks.PREFERENCES, SPLITS, range(100)):
         messages, chosen, rejected = tasks.preference(task, split, 3, i)
         assert messages[-1]["role"] == "user", f"the prompt does not end with the user: {messages}"
-        right, wrong = (rejected, chosen) if task == "answer" else (chosen, rejected)
-        wanted = UNKNOWN if task != "small" else wrong.partition("! ")[2]
-        is_pair = is_fault(task, messages[-1]["content"], wrong) and right == wanted
+        if task in ("unknown", "small"):
+            wanted = UNKNOWN if task == "unknown" else rejected.partition("! ")[2]
+            is_pair = is_fault(task, messages[-1]["content"], rejected) and chosen == wanted
+        else:
+            right = answer_to(*asked_in(messages[-1]["content"])[0]) if task == "answer" else chosen
+            is_pair = rejected == UNKNOWN != chosen == right
         assert is_pair, f"{task}: {chosen!r} is not better than {rejected!r}: {messages}"
 
 

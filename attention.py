@@ -112,8 +112,8 @@ def tile_scores(q: Tensor, k: Tensor, keys: slice, scale: float, causal: bool, s
     return scores
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, segments: Tensor | None = None,
-                    tile: int = 128) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, tile: int = 128,
+                    segments: Tensor | None = None) -> Tensor:
     """The same in tiles of `tile` keys, with memory linear in T. Shapes as in `naive_attention`."""
     with torch.autocast(q.device.type, enabled=False):  # backward runs outside autocast: one type for both
         return FlashAttention.apply(q, k.to(q.dtype), v.to(q.dtype), causal, segments, tile)

@@ -38,7 +38,7 @@ SLOT = re.compile(r"\{([aA] )?([\w.]+)\}|<([^<>]+)>")         # {hero}, {a thing
 # --- words, names and facts ---------------------------------------------------------------------------
 @cache
 def lists(file: str = "world.txt") -> SimpleNamespace:
-    """A file, read once: .words, .frames and .facts by name; .kinds: the kind of each second word of a name."""
+    """A file, read once: .words, .frames and .facts by name; .kinds: what a second word of a name tells."""
     made = SimpleNamespace(words={}, frames={}, facts={})
     text = Path(__file__).with_name(file).read_text(encoding="utf-8")
     _, *parts = re.split(r"^\[(\w+) ?(.*)\]$", text, flags=re.MULTILINE)

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "train": {"chain", "data", "bpe", "attention", "model", "dial", "sample", "evaluate"},
     "asking": {"world"}, "tasks": {"chain", "world", "asking"}, "dialogue": {"chain", "data", "bpe"},
     "lora": set(), "exam": {"chain", "asking", "tasks", "bpe", "dialogue", "model", "sample"},
-    "sft": {"chain", "attention", "tasks", "bpe", "dial", "dialogue", "exam", "lora", "model", "sample", "train"},
+    "sft": {"chain", "attention", "tasks", "bpe", "dial", "dialogue", "exam", "lora", "model", "sample",
+            "train"},
     "dpo": {"chain", "tasks", "bpe", "dialogue", "exam", "model", "sample", "train"},
 }
 

@@ -128,7 +128,7 @@ def hold_exam(model: GPT, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, 
     said = answer_all(model, tokenizer, prompts[n_exact:], [MOST[each[0]] for each in asked[n_exact:]])
     right += [is_right(each[0], *each[2:], answer) for each, answer in zip(asked[n_exact:], said)]
     wrong = {each[:2] for each, is_good in zip(asked, right) if not is_good}
-    total = Counter(mark for mark, _ in {(mark, number) for mark, number, *_ in asked})
+    total = Counter(mark for mark, _ in dict.fromkeys(each[:2] for each in asked))
     return {mark: (total[mark] - sum(each == mark for each, _ in wrong), total[mark]) for mark in total}
 
 

@@ -124,8 +124,9 @@ def fit(model: GPT, rows: Rows, c: Config, look=None, save=None, state: dict | N
 def read_conversations(c: Config) -> tuple[list[list[dict]], list[list[dict]]]:
     """Return the conversations for training and those held out: of a file the last tenth."""
     if c.data == "world":
-        return ([tasks.conversation(None, "train", c.seed, i, tasks.FAULTS) for i in range(c.conversations)],
-                [tasks.conversation(None, "held-out", c.seed, i) for i in range(300)])
+        n, n_held_out = (1, 0) if c.show else (c.conversations, 300)
+        return ([tasks.conversation(None, "train", c.seed, i, tasks.FAULTS) for i in range(n)],
+                [tasks.conversation(None, "held-out", c.seed, i) for i in range(n_held_out)])
     found = read_lines(c.data, conversation_of, '{"messages": [{"role": "user", "content": "Hi"}, ...]}')
     n = max(1, int(0.9 * len(found)))
     return found[:n], found[n:]

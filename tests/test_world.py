@@ -241,7 +241,8 @@ def test_answers_follow_from_the_text_and_the_facts():
                 answers[question].append(right)
         assert len({question for question, *_ in asked}) == len(asked) > 0, f"asked twice or never: {asked}"
         for question, answer, short in asked:
-            assert short.lower() in answer.lower() and short not in question, f"{question} {answer} In short: {short}?"
+            said = short.lower() in answer.lower() and short not in question
+            assert said, f"{question} {answer} In short: {short}? That is not what the answer tells"
             if answer in LISTS.frames["unknown"]:
                 told = [value for _, values in answers[question] for value in values
                         if re.search(rf"\b{value}\b", text) and value not in question and "\n" not in text]

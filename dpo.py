@@ -13,12 +13,12 @@ at the start, frozen: its log-probabilities are computed once. A small β lets t
 
 What the small world's people like: "I don't know" more than an answer that the text does not give, the answer
 more than "I don't know" where the text gives it, and plain words more than flattery (tasks.py). Percent of
-held-out questions, mean and standard deviation over two or three seeds of pairs and questions:
+held-out questions, mean and standard deviation over three seeds of pairs and questions:
 
     β      made up, before      after      right answers, points      flattery after      KL
-    0.03   74 ± 2               25 ± 6     -2.5 ± 3.5                 28 ± 10             0.105 ± 0.016
+    0.03   74 ± 2               24 ± 4     -2.3 ± 2.5                 31 ± 8              0.112 ± 0.016
     0.1    74 ± 2               22 ± 4     -2.5 ± 2.8                 19 ± 7              0.097 ± 0.012
-    0.3    74 ± 2               21 ± 0     -2.5 ± 3.5                 8 ± 1               0.072 ± 0.005
+    0.3    74 ± 2               19 ± 3     -2.3 ± 2.5                 10 ± 4              0.076 ± 0.007
 
 Left out: resuming, as it takes a minute; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
 2023 (IPO), Mitchell 2023 (conservative DPO).

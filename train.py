@@ -139,12 +139,13 @@ def token_loss(model, x: Tensor, y: Tensor, bfloat16: bool) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- the loop
 
-def fit(model: GPT, ids: np.ndarray, c: Config, first: int | None = None, look=None, save=None,
-        state: dict | None = None) -> tuple:
+def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dict | None = None,
+        first: int | None = None) -> tuple:
     """Train `model` on `ids` up to step `c.steps`; return (history of (step, loss), tokens/s).
 
     Up to ten times on the way it calls `look(step)` and `save(step, optimizer, history)`; `state` is what was
-    saved, to go on from. Raises UserError at a loss that is not finite, before it reaches the weights.
+    saved, to go on from; `first` as in `batch`. Raises UserError at a loss that is not finite, before it
+    reaches the weights.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizer, history = make_optimizer(model, c.weight_decay), state["history"] if state else []
@@ -281,7 +282,7 @@ def main(argv=None) -> dict:
 
     if not state and rank == 0:
         stopped.unlink(missing_ok=True)  # of an older run: --resume must not go on with that
-    history, speed = fit(model, train.ids, c, tokenizer.special.get("<|endoftext|>"), look, save, state)
+    history, speed = fit(model, train.ids, c, look, save, state, tokenizer.special.get("<|endoftext|>"))
     if rank > 0:
         return {}
     checkpoint(path, c.steps, history[-1][1])

@@ -5,10 +5,12 @@
 PYTHON = .venv/bin/python
 RESUME = $(if $(wildcard out/$(1).resume.pt),--resume)
 
-chain: out/dpo.pt
+chain: out/dpo.pt out/draft.pt
 	$(PYTHON) sample.py --checkpoint out/base.pt
 	$(PYTHON) sample.py --temperature 0 --prompt "Rocky Fair lies on the river Salt. The mayor of Rocky Fair is \
 	Olive Smart. Who is the mayor of Rocky Fair?"
+	$(PYTHON) speculative.py
+	$(PYTHON) quantize.py
 	$(PYTHON) chain.py
 
 test: .venv/done
@@ -23,6 +25,9 @@ out/sft.pt: out/base.pt
 
 out/dpo.pt: out/sft.pt
 	$(PYTHON) dpo.py
+
+out/draft.pt: out/base.pt
+	$(PYTHON) train.py --name draft --depth 1 --width 128 $(call RESUME,draft)
 
 .venv/done: requirements.txt
 	python3 -m venv .venv

@@ -7,6 +7,9 @@
 log π of an answer is the sum over its tokens and its <|end|>, given what stands before it. π_ref is the model
 at the start, frozen: its log-probabilities are computed once. A small β lets the model go far from it.
 
+The loss sees a difference alone: both answers may become unlikely, and what takes their place is nobody's
+choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Llama 3 does so too).
+
     python dpo.py                    out/sft.pt -> out/dpo.pt on preferences of the small world (2 minutes)
     python dpo.py --loss ipo         or cdpo: see the functions
     python dpo.py --data my.jsonl    your own: {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"} a line
@@ -21,7 +24,7 @@ held-out questions, mean and standard deviation over three seeds of pairs and qu
     0.3    74 ± 2               19 ± 3     -2.3 ± 2.5                 10 ± 4              0.076 ± 0.007
 
 Left out: resuming, as it takes a minute; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
-2023 (IPO), Mitchell 2023 (conservative DPO).
+2023 (IPO), Mitchell 2023 (conservative DPO), Pang 2024 (the term beside it).
 """
 
 import copy
@@ -43,7 +46,7 @@ from bpe import Tokenizer
 from dialogue import answer_logits, encode_answer, pad, preference_of, read_lines, shorten
 from exam import hold_exam, print_marks
 from model import GPT
-from sample import load_model
+from checkpoint import load_model
 from train import cosine_lr, make_optimizer
 
 HELD_OUT = 300  # pairs of the small world
@@ -57,11 +60,12 @@ class Config:
     name: str = chain.option("dpo", "the checkpoint is <out>/<name>.pt")
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/sft.pt)")
     loss: str = chain.option("dpo", "what to minimise", choices=("dpo", "ipo", "cdpo"))
-    beta: float = chain.option(0.1, "how strongly the reference holds the model")
+    beta: float = chain.option(1.0, "how strongly the reference holds the model")
     pairs: int = chain.option(1600, "how many of the small world")
     epochs: int = chain.option(1, "how often each pair is learned from")
     batch_size: int = chain.option(8, "pairs a step")
-    learning_rate: float = chain.option(5e-5, "at its highest")
+    nll: float = chain.option(1.0, "weight of -log π(chosen) a token, added to the loss; 0 for none")
+    learning_rate: float = chain.option(1e-4, "at its highest")
     questions: int = chain.option(200, "questions a task in the exam, before and after; 0 for no exam")
     seed: int = chain.option(0, "seed of the pairs and of their order")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")
@@ -158,8 +162,9 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
         picked = order[place * c.batch_size:(place + 1) * c.batch_size]
         sides = pad([side for i in picked for side in pairs[i]], c.device)  # chosen, rejected, chosen, ...
         policy = answer_log_probs(model, *sides).view(-1, 2)  # (B, 2)
+        nll = -(policy[:, 0] / sides[1][::2].sum(dim=-1)).mean()  # of the chosen, a token
         loss, rewards = LOSSES[c.loss](*policy.unbind(1), *reference[picked].unbind(1), c.beta)
-        loss.backward()
+        (loss + c.nll * nll).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         chain.require(math.isfinite(loss.item() + norm), f"step {step}: loss {loss.item()}, gradient {norm}; "
                       "nothing was written. Start again with less than --learning_rate "
@@ -207,6 +212,7 @@ def main(argv=None) -> dict:
     c, started = chain.parse(Config, argv, __doc__), time.time()
     for field in ("pairs", "epochs", "batch_size", "beta"):
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
+    chain.require(c.nll >= 0, f"--nll {c.nll}: give 0 or more")
     c.device = chain.pick_device(c.device)
     path = Path(c.checkpoint or Path(c.out, "sft.pt"))
     chain.require(path.is_file(), f"{path}: no such checkpoint; make it with `python sft.py`")

@@ -29,7 +29,7 @@ import data
 import world
 from bpe import Tokenizer
 from model import GPT
-from sample import load_model, newest_checkpoint
+from checkpoint import load_model, newest_checkpoint
 
 MOST_TOKENS = 1_000_000  # of held-out text, and ten times that of training text: more moves no measure
 
@@ -51,7 +51,7 @@ def mean_loss(model: GPT, ids: np.ndarray, context: int, most_tokens: int) -> fl
 
     Every token but the first is predicted once; the last window may be shorter.
     """
-    device, n, total = model.embedding.weight.device, min(len(ids) - 1, most_tokens), 0.0
+    device, n, total = model.device, min(len(ids) - 1, most_tokens), 0.0
     step = 32 * context  # tokens at once
     for start in range(0, n, step):
         rows = torch.from_numpy(ids[start:min(start + step, n) + 1].astype(np.int64)).to(device)
@@ -70,7 +70,7 @@ def copying(model: GPT, tokenizer: Tokenizer, documents: int, seed: int = 0) -> 
     "copying" is the second word given the first; "copying_whole_name" counts the first word too, though a
     document may well go on otherwise there. Right means greedy: every token of it is the likeliest one.
     """
-    rights, start, device = [], tokenizer.special["<|endoftext|>"], model.embedding.weight.device
+    rights, start, device = [], tokenizer.special["<|endoftext|>"], model.device
     for i in range(documents):
         text = world.document("held-out", seed, i)
         whole = torch.tensor([[start, *tokenizer.encode(text)]], device=device)[:, :model.config.context]

@@ -29,9 +29,11 @@ import chain
 import tasks
 from asking import flattery
 from bpe import Tokenizer
+from checkpoint import load_model, newest_checkpoint
+from decode import generate
 from dialogue import answer_logits, encode_answer, pad
 from model import GPT
-from sample import chat_prompt, generate, load_model, newest_checkpoint, until
+from sample import chat_prompt, until
 
 SHOWN = ("answer", "system", "sentiment", "search", "memory")  # the transcripts
 MOST = {"story": 240, "small": 40}  # tokens of an answer that can be right in many ways
@@ -77,7 +79,7 @@ def interval(right: int, n: int) -> tuple[float, float]:
 def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most: list[int]) -> list:
     """Return the greedy answer to each conversation; None where it has not ended after `most` tokens."""
     coded, answers = [chat_prompt(tokenizer, messages) for messages in prompts], [None] * len(prompts)
-    groups, end, device = defaultdict(list), tokenizer.special["<|end|>"], model.embedding.weight.device
+    groups, end, device = defaultdict(list), tokenizer.special["<|end|>"], model.device
     for i in sorted(range(len(coded)), key=lambda i: most[i]):
         if len(coded[i]) < model.config.context:
             groups[len(coded[i])].append(i)
@@ -102,7 +104,7 @@ def would_say(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], wante
     says = [len(ids) <= model.config.context for ids, _ in coded]  # what does not fit can't be said
     order = sorted((i for i, fits in enumerate(says) if fits), key=lambda i: len(coded[i][0]))
     for batch in (order[j:j + 32] for j in range(0, len(order), 32)):
-        ids, mask = pad([coded[i] for i in batch], model.embedding.weight.device)  # (B, T) both
+        ids, mask = pad([coded[i] for i in batch], model.device)  # (B, T) both
         logits, targets, row = answer_logits(model, ids, mask)
         for wrong in set(row[logits.argmax(dim=-1) != targets].tolist()):
             says[batch[wrong]] = False

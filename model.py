@@ -51,6 +51,13 @@ class GPTConfig:
 
 # ------------------------------------------------------------------------------- positions and the cache
 
+def positions(start: int, T: int, context: int) -> slice:
+    """Return the positions of T tokens from `start` on. Raises ValueError if they do not fit."""
+    if start + T > context:
+        raise ValueError(f"{start + T} tokens do not fit into the context of {context}")
+    return slice(start, start + T)
+
+
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Return cos and sin (context, D) of RoPE's angles, position × base^(-2i/D) (Su 2021, eq. 15).
 
@@ -80,13 +87,19 @@ class KVCache:
         shape = (config.depth, batch_size, config.kv_heads, config.context, config.head_width)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, G, context, D)
         self.v = torch.zeros_like(self.k)
-        self.length = 0
+        self.length, self.mask = 0, None  # decode.py has a cache that hides more than the future
+
+    def take(self, T: int) -> slice:
+        """Return the positions of T new tokens, and count them."""
+        places = positions(self.length, T, self.k.shape[-2])
+        self.length += T
+        return places
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k and v (B, G, T, D) of a layer; return all that is there (B, G, S, D)."""
-        S = self.length + k.shape[-2]
-        self.k[layer, :, :, self.length:S] = k
-        self.v[layer, :, :, self.length:S] = v
+        S, T = self.length, k.shape[-2]
+        self.k[layer, :, :, S - T:S] = k
+        self.v[layer, :, :, S - T:S] = v
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
     @property
@@ -137,7 +150,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int,
                 segments: Tensor | None) -> Tensor:
-        """x (B, T, C), cos and sin (T, D) → (B, T, C)."""
+        """x (B, T, C), cos and sin (T, D) or (B, 1, T, D) → (B, T, C)."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.G, self.D).transpose(1, 2)  # (B, H + 2G, T, D)
         qk, v = qkv.split([self.H + self.G, self.G], dim=1)  # (B, H + G, T, D), (B, G, T, D)
@@ -148,7 +161,10 @@ class Attention(nn.Module):
             k = self.mix_keys(k, segments)
         if self.G != self.H:  # subtle: heads 0 and 1 share k and v number 0, so repeat_interleave, not repeat
             k, v = (t.repeat_interleave(self.H // self.G, dim=1) for t in (k, v))  # (B, H, S, D)
-        y = self.attend(q, k, v, segments=segments)  # (B, H, T, D)
+        if cache is not None and cache.mask is not None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)  # (B, H, T, D)
+        else:
+            y = self.attend(q, k, v, segments=segments)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, self.H * self.D))  # (B, T, C)
 
 
@@ -217,6 +233,16 @@ class GPT(nn.Module):
             q, k, _ = heads.split([H, G, G])
             k[::2] = q[::H // G][::2]  # a shifted head looks for the token that it stands on
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of what flows through it, and so of its cache."""
+        return self.norm.weight.dtype
+
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) → logits (B, T, V) of the next token. With a cache, `ids` go on where it ends."""
         return self.head(self.hidden(ids, cache))  # (B, T, V)
@@ -227,15 +253,12 @@ class GPT(nn.Module):
         Without one, `segments` (B, T) may number several texts in a row: each is read as if it stood alone
         (RoPE sees only distances). Raises ValueError when the tokens do not fit into the context.
         """
-        T, start = ids.shape[1], 0 if cache is None else cache.length
-        if start + T > self.config.context:
-            raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.context}")
+        T = ids.shape[1]
+        places = positions(0, T, self.config.context) if cache is None else cache.take(T)
         x = self.embedding(ids)  # (B, T, C)
-        cos, sin = self.cos[start:start + T], self.sin[start:start + T]  # (T, D)
+        cos, sin = self.cos[places], self.sin[places]  # (T, D); of a cache with rows of its own (B, 1, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache, layer, segments)
-        if cache is not None:
-            cache.length += T
         return self.norm(x)  # (B, T, C)
 
 

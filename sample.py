@@ -1,22 +1,22 @@
-"""From logits to text: temperature, top-k, top-p, a repetition penalty, and tokens streamed as they are made.
-
-    scores = logits / temperature         below 1: bolder on what is likely; 0: always the likeliest (greedy)
-    top-k: keep the k likeliest tokens    top-p: keep the fewest tokens whose probabilities reach p
-    the next token is drawn from softmax(scores), written into the cache, and the model is asked again
+"""From tokens to text: streamed as they are made, as a text that goes on or as a chat; and what it costs.
 
     python sample.py                                                  a new document; an assistant is greeted
     python sample.py --prompt "The mayor of Amber Hollow is" --n 3    three ways to go on
+    python sample.py --prompts FILE                                   a line, a prompt: all as one batch
     python sample.py --prompt "Once" --temperature 0 --show_probs     each token coloured by its probability
     python sample.py --chat --system "Answer in one word."            talk with what sft.py or dpo.py made
+    python sample.py --draft out/draft.pt                             faster by guessing (speculative.py)
+    python sample.py --int4                                           smaller (packed.py)
+    python sample.py --compile                                        each step one program (decode.py)
+    python sample.py --bench --random 110M                            what it costs, side by side (bench.py)
 
-Prefill reads the whole prompt in one pass; decode then asks for one token at a time. Decode reads every
-weight for each token, so its speed is the memory's, not the processor's: the report tells both.
-Left out: beam search (it harms open-ended text), text past the context, a cache kept between a chat's turns.
-Papers: Fan 2018 (top-k), Holtzman 2020 (top-p), Keskar 2019 (repetition penalty).
+How a token is chosen stands in decode.py. Prefill reads the whole prompt in one pass; decode then asks for
+one token at a time, and reads every weight for each: its speed is the memory's, not the processor's.
+Left out: text past the context, a cache kept between a chat's turns.
 """
 
 import codecs
-import math
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -26,11 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import bench
 import chain
 from bpe import Tokenizer
-from model import GPT, GPTConfig, KVCache
-
-ROOMS = ("base", "sft", "dpo")  # the checkpoints of the chain, in order; the last that exists is the newest
+from checkpoint import load_model, newest_checkpoint, random_model
+from decode import compile_step, generate, pad_prompts
+from model import GPT, KVCache, count_parameters
+from packed import has_kernel, quantize_model, weight_bytes
+from speculative import ModelDraft, NgramDraft, Rounds, read_draft, speculate, tokens_a_round
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Config:
     out: str = chain.option("out", "folder for everything that is made")
     checkpoint: str | None = chain.option(None, "checkpoint to read (default: the newest room's in --out)")
     prompt: str = chain.option("", "text to go on from, or to answer; without: a new document, or a greeting")
+    prompts: str | None = chain.option(None, "a file with a prompt a line, all to be made as one batch")
     chat: bool = chain.option(False, "answer what you type; commands: /reset, /system TEXT, /quit")
     system: str = chain.option("", "system prompt of an assistant")
     n: int = chain.option(1, "how many completions, made as one batch")
@@ -48,89 +52,27 @@ class Config:
     top_p: float = chain.option(0.95, "the fewest tokens that together reach this probability; 1 keeps all")
     repetition_penalty: float = chain.option(1.0, "above 1: tokens that were seen become less likely")
     show_probs: bool = chain.option(False, "colour each token by its probability and list the runners-up")
+    draft: str | None = chain.option(None, "a checkpoint that guesses tokens, or ngram")
+    n_draft: int = chain.option(4, "how many tokens the draft guesses at once")
+    int8: bool = chain.option(False, "put the weights into 8 bits")
+    int4: bool = chain.option(False, "put the weights into 4 bits")
+    compile: bool = chain.option(False, "compile the step (half a minute)")
+    bench: bool = chain.option(False, "measure the speed of all these ways")
+    random: str | None = chain.option(None, "with --bench: random weights of that many parameters, as 110M")
     dollars_per_hour: float = chain.option(0.0, "what the machine costs: tells the price of a million tokens")
     seed: int = chain.option(0, "seed of the draws")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")
 
 
-# -------------------------------------------------------------------------------------- logits → a token
-
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Return the logits (B, V) of the law to draw from: logits / temperature, -inf for what is filtered out.
-
-    `temperature` 0 keeps the likeliest token alone. Top-p keeps the token that crosses p, so at least one.
-
-    >>> filter_logits(torch.tensor([[3., 1., 2., 0.]]), top_k=2).tolist()
-    [[3.0, -inf, 2.0, -inf]]
-    """
-    if temperature == 0:
-        return torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
-    logits = logits / temperature
-    if top_k > 0 or top_p < 1:
-        values, places = logits.sort(dim=-1, descending=True)  # (B, V)
-        values[:, top_k or values.shape[-1]:] = -math.inf  # subtle: by value, ties let more than k through
-        if top_p < 1:
-            p = values.softmax(dim=-1)  # (B, V)
-            values = values.masked_fill(p.cumsum(dim=-1) - p >= top_p, -math.inf)  # likelier ones reach p
-        logits = torch.full_like(logits, -math.inf).scatter(-1, places, values)
-    return logits
+@dataclass
+class Way:
+    """How tokens are made, when not plainly: by a compiled step, or with a draft's guesses, counted."""
+    step: object = None
+    draft: GPT | str | None = None
+    rounds: Rounds | None = None
 
 
-def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Make `ids` (B, T) unlikelier in logits (B, V): / penalty if positive, else · penalty (Keskar 2019)."""
-    seen = logits.gather(-1, ids)  # (B, T)
-    return logits.scatter(-1, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
-
-
-def sample_token(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token a row from softmax(logits). logits (B, V) → ids (B, 1)."""
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-
-
-@torch.inference_mode()
-def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, repetition_penalty: float = 1.0,
-             generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Go on from ids (B, T), T ≥ 1: yield (new ids (B, 1), the model's own logits (B, V)) for each new token.
-
-    It ends after `tokens`, or when the context is full. Raises ValueError when the prompt does not fit.
-    """
-    cache = KVCache(model.config, ids.shape[0], ids.device, model.embedding.weight.dtype)
-    written, new, threads = ids, ids, torch.get_num_threads()
-    try:
-        if sum(p.numel() for p in model.parameters()) * ids.shape[0] < 2e7:
-            torch.set_num_threads(1)  # so short a step takes longer when cores share it
-        for _ in range(min(tokens, max(1, model.config.context - ids.shape[1] + 1))):
-            logits = model(new, cache)[:, -1].float()  # (B, V)
-            scores = penalise_repetition(logits, written, repetition_penalty)
-            new = (scores.argmax(dim=-1, keepdim=True) if temperature == 0 else
-                   sample_token(filter_logits(scores, temperature, top_k, top_p), generator))  # (B, 1)
-            written = torch.cat([written, new], dim=1)  # (B, T + 1)
-            yield new, logits
-    finally:
-        torch.set_num_threads(threads)
-
-
-# ------------------------------------------------------------------------ checkpoint → model, ids → text
-
-def newest_checkpoint(out: str) -> Path:
-    """Return the checkpoint in the folder `out` that has come furthest along the chain."""
-    there = [Path(out, f"{room}.pt") for room in ROOMS if Path(out, f"{room}.pt").exists()]
-    return there[-1] if there else Path(out, f"{ROOMS[0]}.pt")
-
-
-def load_model(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Return (model in eval mode on `device`, its tokenizer, the checkpoint's content). Raises UserError."""
-    content = chain.load_checkpoint(path)
-    try:
-        model = GPT(GPTConfig(**content["config"]))
-        model.load_state_dict(content["weights"])
-        tokenizer = Tokenizer.from_dict(content["tokenizer"])
-    except (TypeError, RuntimeError, ValueError, AssertionError, KeyError) as error:
-        raise chain.UserError(f"{path}: its sizes and its weights do not belong together "
-                              f"({str(error).splitlines()[-1].strip()[:120]}); make it again")
-    return model.to(device).eval(), tokenizer, content
-
+# --------------------------------------------------------------------------------------------- ids → text
 
 def text_decoder() -> codecs.IncrementalDecoder:
     """Return a decoder that holds bytes back until their character is whole: tokens may cut characters."""
@@ -176,17 +118,28 @@ def cut_history(tokenizer: Tokenizer, messages: list[dict], limit: int) -> tuple
 
 # ---------------------------------------------------------------------------------------------- the loop
 
-def complete(model: GPT, tokenizer: Tokenizer, config: Config, prompt: list[int], end: int | None,
-             lead: str = "") -> tuple[str, dict]:
-    """Print `config.n` texts that go on from `prompt` to `end`, after `lead`; return (the first, metrics)."""
-    context = model.config.context
-    chain.require(len(prompt) <= context, f"the prompt is {len(prompt):,} tokens long, the model's context "
-                  f"holds {context:,}: shorten it, or train with a larger --context")
-    ids = torch.tensor([prompt] * config.n, device=model.embedding.weight.device)  # (n, T)
-    rows, law, times, decoder = [[] for _ in range(config.n)], [], [time.perf_counter()], text_decoder()
-    print(lead, end="", flush=True)
-    for new, logits in generate(model, ids, config.tokens, temperature=config.temperature, top_k=config.top_k,
-                                top_p=config.top_p, repetition_penalty=config.repetition_penalty):
+def write(model: GPT, config: Config, way: Way, prompts: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (new ids (B, 1), logits (B, V)) that go on from the prompts."""
+    ids, lengths = pad_prompts(prompts, model.device)  # (B, T), (B,)
+    filters = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    if way.draft is not None:
+        draft = (NgramDraft(model.config.vocab_size, model.device) if way.draft == "ngram"
+                 else ModelDraft(way.draft, **filters))
+        way.rounds = Rounds(config.n_draft)
+        return speculate(model, draft, ids, config.tokens, way.rounds, **filters)
+    return generate(model, ids, config.tokens, **filters, repetition_penalty=config.repetition_penalty,
+                    lengths=lengths if len(set(map(len, prompts))) > 1 else None, step=way.step)
+
+
+def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts: list[list[int]],
+             end: int | None, leads: list[str]) -> tuple[str, dict]:
+    """Print the texts that go on from `prompts` to `end`, after `leads`; return (the first, metrics)."""
+    context, T = model.config.context, max(map(len, prompts))
+    chain.require(T <= context, f"the prompt is {T:,} tokens long, the model's context holds {context:,}: "
+                  "shorten it, or train with a larger --context")
+    rows, law, times, decoder = [[] for _ in prompts], [], [time.perf_counter()], text_decoder()
+    print(leads[0], end="", flush=True)
+    for new, logits in write(model, config, way, prompts):
         times.append(time.perf_counter())
         law.append(logits[0])
         rows = [[*row, token] for row, token in zip(rows, new[:, 0].tolist())]
@@ -195,17 +148,18 @@ def complete(model: GPT, tokenizer: Tokenizer, config: Config, prompt: list[int]
         if all(end in row for row in rows):
             break
     print(decoder.decode(b"", final=True))
+    rows = [row[:context - len(prompt) + 1] for prompt, row in zip(prompts, rows)]
     texts = [tokenizer.decode(until(row, end)) for row in rows]
-    for number, text in enumerate(texts[1:], 2):
+    for number, (lead, text) in enumerate(zip(leads[1:], texts[1:]), 2):
         print(f"--- {number}\n{lead}{text}")
     if config.show_probs:
         print_probabilities(tokenizer, until(rows[0], end), law)
     if not all(end in row for row in rows):
         print(f"(stopped after {len(law)} tokens: --tokens is {config.tokens}, the context holds {context})")
-    return texts[0], speed(model, config, len(prompt), times)
+    return texts[0], speed(model, config, prompts, times)
 
 
-def chat(model: GPT, tokenizer: Tokenizer, config: Config, system: list[dict[str, str]]) -> None:
+def chat(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, system: list[dict[str, str]]) -> None:
     """Answer each line that is typed, until /quit or the end. `system`: the system message, or no message."""
     context, messages = model.config.context, system
     limit = context - min(config.tokens, context // 4)  # the rest is for the answer
@@ -233,55 +187,112 @@ def chat(model: GPT, tokenizer: Tokenizer, config: Config, system: list[dict[str
                 continue
             if gone:
                 print(f"(the first {gone} messages no longer fit into the context of {context} tokens)")
-            answer, _ = complete(model, tokenizer, config, prompt, tokenizer.special["<|end|>"])
+            answer, _ = complete(model, tokenizer, config, way, [prompt], tokenizer.special["<|end|>"], [""])
             messages = [*kept, {"role": "assistant", "content": answer}]
 
 
-def speed(model: GPT, config: Config, T: int, times: list[float]) -> dict:
+def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[float]) -> dict:
     """Return what the completions cost. `times` (seconds) are the start and the arrival of each token."""
-    first, rest = times[1] - times[0], (times[-1] - times[1]) / max(1, len(times) - 2)
+    n, first, rest = len(prompts), times[1] - times[0], (times[-1] - times[1]) / max(1, len(times) - 2)
     metrics = {
         "time_to_first_token_ms": 1000 * first,
-        "prompt_tokens_per_second": config.n * T / first,
+        "prompt_tokens_per_second": sum(map(len, prompts)) / first,
         "ms_per_token": 1000 * rest,
-        "decode_tokens_per_second": config.n / rest if rest else 0.0,
-        "weight_bytes": sum(p.nbytes for p in model.parameters()),
-        "cache_bytes": KVCache(model.config, config.n, dtype=model.embedding.weight.dtype).n_bytes,
+        "decode_tokens_per_second": n / rest if rest else 0.0,
+        "weight_bytes": weight_bytes(model),
+        "cache_bytes": KVCache(model.config, n, dtype=model.dtype).n_bytes,
     }
     if config.dollars_per_hour:
-        metrics["dollars_per_million_tokens"] = config.dollars_per_hour * 1e6 * rest / config.n / 3600
+        metrics["dollars_per_million_tokens"] = config.dollars_per_hour * 1e6 * rest / n / 3600
     return metrics
 
 
-@chain.command
-def main(argv=None) -> dict:
-    """Write text with a checkpoint, and report what it cost."""
-    config, started = chain.parse(Config, argv, __doc__), time.time()
+def speculation(model: GPT, config: Config, rounds: Rounds, prompts: list, ms_per_token: float) -> dict:
+    """Return what guessing brought, beside plain decoding of as many tokens from the same prompt."""
+    n, plain = len(rounds.accepted), dataclasses.replace(config, tokens=rounds.tokens)
+    times = [time.perf_counter() for _ in write(model, plain, Way(), prompts)]
+    return {"accepted": rounds.alpha, "tokens_a_round": sum(rounds.accepted) / max(1, n) + 1,
+            "tokens_a_round_by_formula": tokens_a_round(rounds.alpha, rounds.n),
+            "speed_up": 1000 * (times[-1] - times[0]) / max(1, len(times) - 1) / ms_per_token}
+
+
+def quantize(model: GPT, bits: int, path: Path) -> None:
+    """Put the weights of `model` into so many bits, in place."""
+    try:
+        quantize_model(model, bits)
+    except ValueError as error:
+        raise chain.UserError(f"--int{bits} {path}: {error}; leave out --int{bits}")
+    if not has_kernel(bits, model.device):
+        print(f"(torch has no kernel for int{bits} on {model.device}: the readable path serves, no faster)")
+
+
+def check(config: Config) -> None:
+    """Raise UserError for flags that make no sense."""
     chain.require(min(config.n, config.tokens) >= 1, f"--n {config.n} --tokens {config.tokens}: start at 1")
     chain.require(config.temperature == 0 or 0.01 <= config.temperature < 1e6,
                   f"--temperature {config.temperature}: give 0 (greedy), or 0.01 and more")
     chain.require(0 < config.top_p <= 1 and config.top_k >= 0,
                   f"--top_p {config.top_p} --top_k {config.top_k}: 0 < top_p ≤ 1 and top_k ≥ 0")
     chain.require(config.repetition_penalty > 0, f"--repetition_penalty {config.repetition_penalty}: use > 0")
+    chain.require(not (config.chat and config.prompt), "--chat reads what you type; leave out --prompt")
+    chain.require(not (config.int8 and config.int4), "--int8 and --int4: choose one")
+    chain.require(config.n_draft >= 1, f"--n_draft {config.n_draft}: guess at least 1 token a round")
+    alone = config.n == 1 and not (config.prompts or config.compile) and config.repetition_penalty == 1
+    chain.require(config.draft is None or alone, f"--draft {config.draft} serves one text at a time: leave "
+                  "out --n, --prompts, --compile and --repetition_penalty")
+    chain.require(config.bench or not config.random, f"--random {config.random}: add --bench; it can't write")
+
+
+def read_prompts(config: Config, tokenizer: Tokenizer, is_chat: bool, system: list[dict]) -> tuple:
+    """Return (prompts as ids, the token that ends an answer, what is printed before each)."""
+    texts = [config.prompt] * config.n
+    if config.prompts:
+        path = Path(config.prompts)
+        chain.require(path.is_file(), f"--prompts {path}: no such file; give a text with a prompt a line")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = [line for line in lines if line.strip()]
+        chain.require(texts, f"--prompts {path}: it has no line; write a prompt a line")
+    if is_chat:
+        said = [[*system, {"role": "user", "content": text or "Hello. Who are you?"}] for text in texts]
+        return [chat_prompt(tokenizer, each) for each in said], tokenizer.special["<|end|>"], [""] * len(said)
+    end = tokenizer.special.get("<|endoftext|>")  # stands before each document too
+    start = [] if end is None else [end]
+    return [start + tokenizer.encode(text) or tokenizer.encode("\n") for text in texts], end, texts
+
+
+@chain.command
+def main(argv=None) -> dict:
+    """Write text with a checkpoint, and report what it cost."""
+    config, started = chain.parse(Config, argv, __doc__), time.time()
+    check(config)
     config.device = chain.pick_device(config.device)
-    path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.out)
-    model, tokenizer, content = load_model(path, config.device)
-    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, step {content['step']:,}\n")
+    path = Path(config.checkpoint or newest_checkpoint(config.out))
+    model, tokenizer, content = ((random_model(config.random, config.device), None, {"step": 0})
+                                 if config.random else load_model(path, config.device))
+    print(f"{config.random or path}: {count_parameters(model.config):,} parameters, step {content['step']}\n")
+    draft = read_draft(config.draft, model, content) if config.draft else None
+    if config.bench:
+        metrics = bench.measure(model, draft, config.dollars_per_hour)
+        chain.report("bench", config, metrics, time.time() - started)
+        return metrics
     chain.require(content.get("chat") or not (config.chat or config.system), f"{path} is no assistant: "
                   "--chat and --system need one, and `python sft.py` makes it")
-    chain.require(not (config.chat and config.prompt), "--chat reads what you type; leave out --prompt")
+    if config.int8 or config.int4:
+        quantize(model, 8 if config.int8 else 4, path)
     torch.manual_seed(config.seed)
+    way = Way(compile_step(model.device) if config.compile else None, draft)
     system = [{"role": "system", "content": config.system}] if config.system else []
     if config.chat:
-        chat(model, tokenizer, config, system)
+        chat(model, tokenizer, config, way, system)
         return {}
-    if content.get("chat"):
-        user = {"role": "user", "content": config.prompt or "Hello. Who are you?"}
-        prompt, end, lead = chat_prompt(tokenizer, [*system, user]), tokenizer.special["<|end|>"], ""
-    else:
-        end, lead = tokenizer.special.get("<|endoftext|>"), config.prompt  # stands before each document too
-        prompt = [*([] if end is None else [end]), *tokenizer.encode(lead)] or tokenizer.encode("\n")
-    _, metrics = complete(model, tokenizer, config, prompt, end, lead)
+    prompts, end, leads = read_prompts(config, tokenizer, bool(content.get("chat")), system)
+    metrics, before = {}, time.perf_counter()
+    if way.step:
+        list(generate(model, pad_prompts([each[:1] for each in prompts], model.device)[0], 4, step=way.step))
+        metrics["compile_seconds"] = time.perf_counter() - before
+    metrics |= complete(model, tokenizer, config, way, prompts, end, leads)[1]
+    if way.rounds:
+        metrics |= speculation(model, config, way.rounds, prompts, metrics["ms_per_token"])
     chain.report("sample.py", config, metrics, time.time() - started)
     return metrics
 

@@ -34,9 +34,9 @@ from asking import UNKNOWN, Page, exchange, flattery, message, write_call
 
 FAULTS = 0.5   # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
-MIX = {"answer": 25, "unknown": 9, "system": 28, "sentiment": 10, "calculator": 6, "search": 10, "lookups": 6,
-       "memory": 3, "small": 2, "story": 1}  # how often each task comes, in 100 conversations for training
-PREFERENCES = {"unknown": 45, "answer": 27, "system": 10, "memory": 8, "small": 10}
+MIX = {"answer": 24, "unknown": 13, "system": 30, "sentiment": 8, "calculator": 7, "search": 8, "lookups": 5,
+       "memory": 3, "small": 1, "story": 1}  # how often each task comes, in 100 conversations for training
+PREFERENCES = {"unknown": 42, "answer": 23, "system": 22, "memory": 2, "small": 3, "calculator": 4, "search": 4}
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
@@ -97,7 +97,11 @@ def system(page: Page) -> list[dict]:
         wish, word = (style, start) if not by_system else (page.pick(STYLES), page.draw("word").capitalize())
         if not by_system or wish != style and page.rng.random() < 0.5:
             said += page.pick((" ", "\n")) + page.any(f"style {wish}", start=word)
-        messages += exchange(said, styled(style, start, [each[2:] for each in asked]))
+        answers = [each[2:] for each in asked]
+        right = styled(style, start, answers)
+        others = [styled(other, start, answers) for other in STYLES]
+        page.worse = page.pick([other for other in others if other != right])
+        messages += exchange(said, right)
         if not by_system:
             style, start = page.pick(STYLES), page.draw("word").capitalize()
     return messages

@@ -39,7 +39,7 @@ from attention import ATTENTION
 from dial import derive, model_config, peak_flops, settle
 from evaluate import copying, mean_loss, measure
 from model import GPT, count_parameters, flops_per_token
-from sample import generate
+from decode import generate
 
 
 @dataclass
@@ -292,7 +292,7 @@ def main(argv=None) -> dict:
                "training_loss": float(np.mean([loss for _, loss in history[-50:]]))}
     metrics |= measure(model, tokenizer, train, held_out, 300 if c.data == "world" else 0, c.seed)
     save_curve(history, path.with_suffix(".png"))
-    chain.report("train.py", c, metrics, time.time() - started)
+    chain.report(f"train.py --name {c.name}".removesuffix(" --name base"), c, metrics, time.time() - started)
     return metrics
 
 

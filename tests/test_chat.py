@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import chain
+import checkpoint
 import sample
 from bpe import SPECIAL_TOKENS, Tokenizer
 from model import GPT, GPTConfig
@@ -103,7 +104,7 @@ def test_without_a_prompt_it_is_greeted(save, prompts):
 def test_the_newest_room_speaks(save):
     for room in ("base", "sft", "dpo"):
         path = save(b"Hi", room)
-        assert sample.newest_checkpoint(path.parent) == path, f"{room} is not the newest"
+        assert checkpoint.newest_checkpoint(path.parent) == path, f"{room} is not the newest"
 
 
 def test_a_talk_remembers(save, talk, prompts):

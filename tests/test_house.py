@@ -19,14 +19,20 @@ FILES = SCRIPTS + sorted(HERE.glob("tests/*.py"))
 # Who may import whom. Each room may also take what the rooms before it may.
 MAY_IMPORT = {
     "chain": set(), "world": set(), "attention": set(), "model": {"attention"}, "dial": {"chain", "model"},
-    "data": {"chain", "world"}, "bpe": {"chain", "data"}, "sample": {"chain", "bpe", "model"},
-    "evaluate": {"chain", "data", "world", "bpe", "model", "sample"},
-    "train": {"chain", "data", "bpe", "attention", "model", "dial", "sample", "evaluate"},
+    "data": {"chain", "world"}, "bpe": {"chain", "data"}, "packed": set(),
+    "checkpoint": {"chain", "bpe", "model", "packed"}, "decode": {"model"},
+    "speculative": {"chain", "world", "checkpoint", "decode", "model"},
+    "bench": {"decode", "model", "packed", "speculative"},
+    "sample": {"bench", "chain", "bpe", "checkpoint", "decode", "model", "packed", "speculative"},
+    "evaluate": {"chain", "data", "world", "bpe", "checkpoint", "model"},
+    "train": {"chain", "data", "bpe", "attention", "model", "decode", "dial", "evaluate"},
     "asking": {"world"}, "tasks": {"chain", "world", "asking"}, "dialogue": {"chain", "data", "bpe"},
-    "lora": set(), "exam": {"chain", "asking", "tasks", "bpe", "dialogue", "model", "sample"},
-    "sft": {"chain", "attention", "tasks", "bpe", "dial", "dialogue", "exam", "lora", "model", "sample",
+    "lora": set(),
+    "exam": {"chain", "asking", "tasks", "bpe", "checkpoint", "decode", "dialogue", "model", "sample"},
+    "sft": {"chain", "attention", "tasks", "bpe", "checkpoint", "dial", "dialogue", "exam", "lora", "model",
             "train"},
-    "dpo": {"chain", "tasks", "bpe", "dialogue", "exam", "model", "sample", "train"},
+    "dpo": {"chain", "tasks", "bpe", "checkpoint", "dialogue", "exam", "model", "train"},
+    "quantize": {"chain", "data", "bpe", "checkpoint", "decode", "evaluate", "exam", "model", "packed"},
 }
 
 

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import chain
+import decode
 import sample
 from bpe import SPECIAL_TOKENS, Tokenizer
 from model import GPT, GPTConfig
@@ -25,18 +26,21 @@ def make() -> GPT:
     return model.eval()
 
 
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    """An untrained model whose tokens are bytes, as out/base.pt."""
-    import dataclasses
-    path = tmp_path / "base.pt"
-    chain.save_checkpoint(path, config=dataclasses.asdict(SMALL), weights=make().float().state_dict(), step=0,
+def save(folder: Path) -> Path:
+    """Make an untrained model whose tokens are bytes, as out/base.pt."""
+    path = folder / "base.pt"
+    chain.save_checkpoint(path, config=asdict(SMALL), weights=make().float().state_dict(), step=0,
                           tokenizer=Tokenizer([], SPECIAL_TOKENS).to_dict(), loss=5.5, arguments={"seed": 0})
     return path
 
 
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return save(tmp_path)
+
+
 def law(**filters) -> list[float]:
-    return [round(p, 6) for p in sample.filter_logits(LOGITS, **filters).softmax(-1)[0].tolist()]
+    return [round(p, 6) for p in decode.filter_logits(LOGITS, **filters).softmax(-1)[0].tolist()]
 
 
 def test_filters_by_hand():
@@ -53,19 +57,19 @@ def test_filters_by_hand():
 
 
 def test_top_k_keeps_k_also_among_equals():
-    kept = sample.filter_logits(torch.zeros(1, 5), top_k=2).isfinite().sum()
+    kept = decode.filter_logits(torch.zeros(1, 5), top_k=2).isfinite().sum()
     assert kept == 2, f"{kept} of five equal tokens passed top_k = 2"
 
 
 def test_the_penalty_makes_seen_tokens_less_likely():
     logits = torch.tensor([[2.0, -2.0, 1.0]])
-    assert sample.penalise_repetition(logits, torch.tensor([[0, 1, 0]]), 2.0).tolist() == [[1.0, -4.0, 1.0]]
+    assert decode.penalise_repetition(logits, torch.tensor([[0, 1, 0]]), 2.0).tolist() == [[1.0, -4.0, 1.0]]
 
 
 def test_draws_follow_the_law():
     torch.manual_seed(0)
     n = 20_000
-    counts = torch.bincount(sample.sample_token(LOGITS.expand(n, 4))[:, 0], minlength=4)
+    counts = torch.bincount(decode.sample_token(LOGITS.expand(n, 4))[:, 0], minlength=4)
     expected = LOGITS.exp()[0] * n
     chi2 = ((counts - expected) ** 2 / expected).sum()
     assert chi2 < 16.3, f"chi-square {chi2:.1f} with 3 degrees of freedom: p < 0.001"
@@ -73,7 +77,7 @@ def test_draws_follow_the_law():
 
 def test_greedy_decoding_is_the_argmax_of_the_whole_pass():
     model, ids = make(), torch.randint(262, (3, 5))
-    new = torch.cat([n for n, _ in sample.generate(model, ids, 20, temperature=0)], dim=1)
+    new = torch.cat([n for n, _ in decode.generate(model, ids, 20, temperature=0)], dim=1)
     for _ in range(20):
         ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(ids[:, 5:], new), "with the cache, greedy decoding writes something else"
@@ -82,15 +86,15 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_pass():
 def test_sampling_is_repeated_by_its_seed():
     model, ids = make(), torch.randint(262, (2, 5))
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
-    runs = [torch.cat([n for n, _ in sample.generate(model, ids, 9, generator=g)], 1) for g in generators]
+    runs = [torch.cat([n for n, _ in decode.generate(model, ids, 9, generator=g)], 1) for g in generators]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
 def test_it_stops_where_the_context_is_full():
-    new = list(sample.generate(make(), torch.zeros(1, 30, dtype=torch.long), 100))
+    new = list(decode.generate(make(), torch.zeros(1, 30, dtype=torch.long), 100))
     assert len(new) == 3, "30 tokens read leave room to read two more, so three can be written"
     with pytest.raises(ValueError, match="context of 32"):
-        list(sample.generate(make(), torch.zeros(1, 33, dtype=torch.long), 1))
+        list(decode.generate(make(), torch.zeros(1, 33, dtype=torch.long), 1))
 
 
 def test_streamed_characters_are_never_broken():

@@ -1,0 +1,148 @@
+"""From logits to tokens: temperature, top-k, top-p, a repetition penalty; one prompt or many; compiled.
+
+    scores = logits / temperature         below 1: bolder on what is likely; 0: always the likeliest (greedy)
+    top-k: keep the k likeliest tokens    top-p: keep the fewest tokens whose probabilities reach p
+    the next token is drawn from softmax(scores), written into the cache, and the model is asked again
+
+Prefill reads the whole prompt in one pass; decode then asks for one token at a time. A step of a small model
+takes longer to start than to compute: the processor waits for Python. `torch.compile` turns the step into one
+program, if all its shapes stay the same. StaticCache is as long as the context from the start, and a mask
+hides what is not written yet. There each row has its own length, so prompts of unequal length share a batch,
+and each is answered as if it were alone.
+
+Left out: beam search (it harms open-ended text), text past the context, taking new prompts into a batch as
+others end (continuous batching). Papers: Fan 2018 (top-k), Holtzman 2020 (top-p), Keskar 2019 (penalty).
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from model import GPT, KVCache, count_parameters, positions
+
+
+# -------------------------------------------------------------------------------------- logits → a token
+
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Return the logits (B, V) of the law to draw from: logits / temperature, -inf for what is filtered out.
+
+    `temperature` 0 keeps the likeliest token alone. Top-p keeps the token that crosses p, so at least one.
+
+    >>> filter_logits(torch.tensor([[3., 1., 2., 0.]]), top_k=2).tolist()
+    [[3.0, -inf, 2.0, -inf]]
+    """
+    if temperature == 0:
+        return torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
+    logits = logits / temperature
+    if top_k > 0 or top_p < 1:
+        values, places = logits.sort(dim=-1, descending=True)  # (B, V)
+        values[:, top_k or values.shape[-1]:] = -math.inf  # subtle: by value, ties let more than k through
+        if top_p < 1:
+            p = values.softmax(dim=-1)  # (B, V)
+            values = values.masked_fill(p.cumsum(dim=-1) - p >= top_p, -math.inf)  # likelier ones reach p
+        logits = torch.full_like(logits, -math.inf).scatter(-1, places, values)
+    return logits
+
+
+def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Make `ids` (B, T) unlikelier in logits (B, V): / penalty if positive, else · penalty (Keskar 2019)."""
+    seen = logits.gather(-1, ids)  # (B, T)
+    return logits.scatter(-1, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+def sample_token(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one token a row from softmax(logits). logits (B, V) → ids (B, 1)."""
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+
+
+# ------------------------------------------------------------------------------- many rows, static shapes
+
+class StaticCache(KVCache):
+    """A cache whose shapes never change. `length` (B,) is each row's own; what stands behind it is hidden."""
+
+    def __init__(self, model: GPT, batch_size: int):
+        super().__init__(model.config, batch_size, model.device, model.dtype)
+        self.k, self.v = ([layer.clone() for layer in part] for part in (self.k, self.v))  # (B, G, context, D)
+        self.rows = torch.arange(batch_size, device=model.device)[:, None]  # (B, 1)
+        self.slots = torch.arange(model.config.context, device=model.device)  # (S,)
+        self.length = torch.zeros_like(self.rows[:, 0])  # (B,)
+
+    def take(self, T: int) -> Tensor:
+        """Return the positions (B, 1, T) of T new tokens, and count them.
+
+        A row that is full writes over its last place: what it says then is to be thrown away.
+        """
+        places = self.length[:, None] + self.slots[:T]
+        self.places, self.length = places.clamp(max=len(self.slots) - 1), self.length + T  # (B, T)
+        self.mask = self.slots <= self.places[:, None, :, None]  # (B, 1, T, S)
+        return self.places[:, None]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new k and v (B, G, T, D) of a layer; return the whole cache (B, G, context, D)."""
+        self.k[layer][self.rows, :, self.places] = k.transpose(1, 2)  # (B, T, G, D)
+        self.v[layer][self.rows, :, self.places] = v.transpose(1, 2)  # (B, T, G, D)
+        return self.k[layer], self.v[layer]
+
+
+def pad_prompts(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
+    """Return ids (B, T) and lengths (B,). Shorter prompts are filled up at the right, with their first token.
+
+    That token was seen anyway, so that the repetition penalty does not notice what fills up.
+
+    >>> pad_prompts([[5, 6, 7], [8]])[0].tolist()
+    [[5, 6, 7], [8, 8, 8]]
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    rows = [prompt + prompt[:1] * (max(lengths) - len(prompt)) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+
+
+def next_logits(model: GPT, new: Tensor, cache: KVCache) -> Tensor:
+    """Read new (B, T) and return the logits (B, V) of what follows its last token."""
+    return model.head(model.hidden(new, cache)[:, -1]).float()
+
+
+def compile_step(device: torch.device):
+    """Return `next_logits` as one compiled program: on CUDA a graph, else C++ that calls no Python between."""
+    how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
+    return torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+@torch.inference_mode()
+def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, repetition_penalty: float = 1.0, lengths: Tensor | None = None, step=None,
+             generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go on from ids (B, T), T ≥ 1: yield (new ids (B, 1), the model's own logits (B, V)) for each new token.
+
+    With `lengths` (B,) row b goes on from ids[b, :lengths[b]]. `step` is what `compile_step` returns. It ends
+    after `tokens`, or when the context is full, that of the shortest prompt: throw away what others say past
+    theirs. Raises ValueError when a prompt does not fit.
+    """
+    B, T = ids.shape
+    shortest = T if lengths is None else int(lengths.min())
+    positions(0, T, model.config.context)
+    is_static = step is not None or lengths is not None
+    cache = StaticCache(model, B) if is_static else KVCache(model.config, B, model.device, model.dtype)
+    written, threads = ids, torch.get_num_threads()
+    try:
+        if count_parameters(model.config) * B < 2e7:
+            torch.set_num_threads(1)  # so short a step takes longer when cores share it
+        for n in range(min(tokens, model.config.context - shortest + 1)):
+            if n == 0 and lengths is not None:
+                last = model.hidden(ids, cache)[torch.arange(B), lengths - 1]  # (B, C)
+                logits, cache.length = model.head(last).float(), lengths.clone()
+            else:
+                logits = (n and step or next_logits)(model, new if n else ids, cache)  # (B, V)
+            scores = logits
+            if repetition_penalty != 1:
+                scores = penalise_repetition(logits, written, repetition_penalty)  # (B, V)
+            new = (scores.argmax(dim=-1, keepdim=True) if temperature == 0 else
+                   sample_token(filter_logits(scores, temperature, top_k, top_p), generator))  # (B, 1)
+            written = torch.cat([written, new], dim=1)  # (B, T + 1)
+            yield new, logits
+    finally:
+        torch.set_num_threads(threads)

@@ -8,7 +8,8 @@ A batch shares one reading of the weights: more tokens a second, and each of the
 that moves bytes at the memory's speed can only get faster by moving fewer.
 
     python sample.py --bench                  the chain's newest model (1 minute)
-    python sample.py --bench --random 110M    a larger one: what it has learned makes it no faster (5 minutes)
+    python sample.py --bench --random 110M    a larger one: what it has learned makes it no faster (2 minutes)
+    python sample.py --bench --compile        one row at a time, each step compiled (2 minutes)
 
 Left out: many users who come and go (vLLM's paging), more than one device. Papers: Pope 2022 (what bounds
 inference), Kwon 2023 (paged caches).
@@ -21,7 +22,7 @@ from itertools import pairwise
 
 import torch
 
-from decode import generate
+from decode import compile_step, generate
 from model import GPT, KVCache
 from packed import quantize_model, weight_bytes
 from speculative import ModelDraft, NgramDraft, Rounds, speculate
@@ -65,10 +66,10 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
 
 
-def row(times: list[float], batch: int, n_bytes: int, dollars_per_hour: float) -> dict:
-    """Return the measures of a way whose tokens came at `times` and whose steps move `n_bytes`.
+def row(times: list[float], batch: int, n_bytes: float, dollars_per_hour: float) -> dict:
+    """Return the measures of a way whose tokens came at `times`, each for the price of `n_bytes` moved a row.
 
-    Guesses that were accepted come at once, so the mean says more of them than the quantiles.
+    Guesses that were accepted come at once, so of them the mean says more than the quantiles.
     """
     steps = [1000 * (b - a) for a, b in pairwise(times)]
     mean = sum(steps) / len(steps)
@@ -78,31 +79,46 @@ def row(times: list[float], batch: int, n_bytes: int, dollars_per_hour: float) -
             "dollars_per_million": dollars_per_hour * 1e6 / 3600 * mean / 1000 / batch}
 
 
-def measure(model: GPT, draft: GPT | str | None, dollars_per_hour: float) -> dict:
+def bytes_a_step(model: GPT, batch: int, tokens: float) -> float:
+    """Return the bytes of the weights and the cache that a step reads, with so many tokens in each row.
+
+    Of the embedding it reads a few rows, so its table does not count, unless it is the head's as well.
+    """
+    table = model.embedding.state_dict().values()
+    is_head = model.config.tied and isinstance(model.head, torch.nn.Linear)
+    weights = weight_bytes(model) - (0 if is_head else sum(part.nbytes for part in table))
+    return weights + KVCache(model.config, batch, dtype=model.dtype).n_bytes * tokens / model.config.context
+
+
+def measure(model: GPT, draft: GPT | str | None, dollars_per_hour: float, compiled: bool) -> dict:
     """Print a table of batches and ways; return their speeds. `draft` as read_draft returns it, or None."""
     models = {"plain": model}
     for bits in (8, 4):
         models[f"int{bits}"] = quantize_model(copy.deepcopy(model), bits)
-    bandwidth, metrics = copy_bandwidth(model.device), {}
-    draws = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (max(BATCHES), PROMPT), generator=draws).to(model.device)
-    rounds = Rounds(4)
-    guess = (ModelDraft(draft, temperature=0) if isinstance(draft, GPT)
-             else NgramDraft(model.config.vocab_size, model.device))
-    print(f"the memory copies {bandwidth / 1e9:.1f} GB/s; {PROMPT} tokens read, {TOKENS} written, greedy\n")
-    for batch in BATCHES:
-        streams = {name: (each, lambda each=each: generate(each, ids[:batch], TOKENS, temperature=0))
-                   for name, each in models.items()}
-        if batch == 1:
-            streams["speculative"] = model, lambda: speculate(
-                model, guess, ids[:1], TOKENS, rounds, temperature=0)
-        for name, (each, stream) in streams.items():
-            arrivals(stream(), model.device)  # the first time packs and warms up
-            cache = KVCache(each.config, batch, dtype=each.dtype).n_bytes * (PROMPT + TOKENS / 2)
-            n_bytes = weight_bytes(each) + int(cache / each.config.context)
-            found = row(arrivals(stream(), model.device), batch, n_bytes, dollars_per_hour)
-            if not metrics:
-                print("batch  way          " + "  ".join(f"{key:>9}" for key in found))
+    bandwidth, metrics, device = copy_bandwidth(model.device), {}, model.device
+    T, draws = min(PROMPT, model.config.context // 2), torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (max(BATCHES), T), generator=draws).to(device)
+    step, rounds = compile_step(device) if compiled else None, Rounds(4)
+    ways = {name: (each, lambda ids, each=each: generate(each, ids, TOKENS, temperature=0, step=step))
+            for name, each in models.items()}
+
+    def guessed(ids):
+        guess = (ModelDraft(draft, temperature=0) if isinstance(draft, GPT)
+                 else NgramDraft(model.config.vocab_size, device))
+        return speculate(model, guess, ids, TOKENS, rounds, temperature=0)
+
+    print(f"the memory copies {bandwidth / 1e9:.1f} GB/s; {T} tokens read, {TOKENS} written, greedy")
+    for batch in BATCHES[:1] if compiled else BATCHES:
+        both = ways | ({"speculative": (model, guessed)} if batch == 1 and not compiled else {})
+        for name, (each, stream) in both.items():
+            warm_up = arrivals(stream(ids[:batch]), device)  # packs the weights, or compiles
+            if compiled:
+                metrics[f"{name}_compile_seconds"] = warm_up[-1]
+            times = arrivals(stream(ids[:batch]), device)
+            passes = rounds.passes / rounds.tokens if name == "speculative" else 1  # a token
+            found = row(times, batch, bytes_a_step(each, batch, T + TOKENS / 2) * passes, dollars_per_hour)
+            if not any(key.endswith("second") for key in metrics):
+                print("\nbatch  way          " + "  ".join(f"{key:>9}" for key in found))
             print(f"{batch:>5}  {name:<11}  " + "  ".join(
                 f"{value:>{max(9, len(key))},.2f}" for key, value in found.items()), flush=True)
             metrics[f"{name}_{batch}_tokens_per_second"] = found["tokens_per_second"]

@@ -6,8 +6,8 @@
 
 Prefill reads the whole prompt in one pass; decode then asks for one token at a time. A step of a small model
 takes longer to start than to compute: the processor waits for Python. `torch.compile` turns the step into one
-program, if all its shapes stay the same. StaticCache is as long as the context from the start, and a mask
-hides what is not written yet. There each row has its own length, so prompts of unequal length share a batch,
+program, if all its shapes stay the same. StaticCache has its full length from the start, and a mask hides
+what is not written yet. There each row has its own length, so prompts of unequal length share a batch,
 and each is answered as if it were alone.
 
 Left out: beam search (it harms open-ended text), text past the context, taking new prompts into a batch as
@@ -16,6 +16,7 @@ others end (continuous batching). Papers: Fan 2018 (top-k), Holtzman 2020 (top-p
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -60,13 +61,17 @@ def sample_token(logits: Tensor, generator: torch.Generator | None = None) -> Te
 # ------------------------------------------------------------------------------- many rows, static shapes
 
 class StaticCache(KVCache):
-    """A cache whose shapes never change. `length` (B,) is each row's own; what stands behind it is hidden."""
+    """A cache whose shapes never change. `length` (B,) is each row's own; what stands behind it is hidden.
 
-    def __init__(self, model: GPT, batch_size: int):
-        super().__init__(model.config, batch_size, model.device, model.dtype)
-        self.k, self.v = ([layer.clone() for layer in part] for part in (self.k, self.v))  # (B, G, context, D)
+    It has room for `tokens`, in steps of 128, so that few different sizes are ever compiled.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, tokens: int):
+        size = min(model.config.context, -(-tokens // 128) * 128)
+        super().__init__(replace(model.config, context=size), batch_size, model.device, model.dtype)
+        self.k, self.v = ([layer.clone() for layer in part] for part in (self.k, self.v))  # (B, G, S, D)
         self.rows = torch.arange(batch_size, device=model.device)[:, None]  # (B, 1)
-        self.slots = torch.arange(model.config.context, device=model.device)  # (S,)
+        self.slots = torch.arange(size, device=model.device)  # (S,)
         self.length = torch.zeros_like(self.rows[:, 0])  # (B,)
 
     def take(self, T: int) -> Tensor:
@@ -80,7 +85,7 @@ class StaticCache(KVCache):
         return self.places[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v (B, G, T, D) of a layer; return the whole cache (B, G, context, D)."""
+        """Store the new k and v (B, G, T, D) of a layer; return the whole cache (B, G, S, D)."""
         self.k[layer][self.rows, :, self.places] = k.transpose(1, 2)  # (B, T, G, D)
         self.v[layer][self.rows, :, self.places] = v.transpose(1, 2)  # (B, T, G, D)
         return self.k[layer], self.v[layer]
@@ -105,7 +110,7 @@ def next_logits(model: GPT, new: Tensor, cache: KVCache) -> Tensor:
 
 
 def compile_step(device: torch.device):
-    """Return `next_logits` as one compiled program: on CUDA a graph, else C++ that calls no Python between."""
+    """Return `next_logits` as one compiled program: on CUDA a graph, else C++ without Python between."""
     how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
     return torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
 
@@ -126,7 +131,8 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
     shortest = T if lengths is None else int(lengths.min())
     positions(0, T, model.config.context)
     is_static = step is not None or lengths is not None
-    cache = StaticCache(model, B) if is_static else KVCache(model.config, B, model.device, model.dtype)
+    cache = (StaticCache(model, B, T + tokens) if is_static
+             else KVCache(model.config, B, model.device, model.dtype))
     written, threads = ids, torch.get_num_threads()
     try:
         if count_parameters(model.config) * B < 2e7:

@@ -36,7 +36,7 @@ from model import GPT
 from sample import chat_prompt, until
 
 SHOWN = ("answer", "system", "sentiment", "search", "memory")  # the transcripts
-MOST = {"story": 240, "small": 40}  # tokens of an answer that can be right in many ways
+MOST = {"story": 200, "small": 40}  # tokens of an answer that can be right in many ways
 
 
 @dataclass

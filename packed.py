@@ -6,7 +6,8 @@
 
 One outlier widens the steps of all that share its scale: so int8 shares within a row, int4 within 32 weights.
 Each layer has two paths. The readable one makes the float weights again and multiplies; torch's compiler can
-fuse that. The fast one is torch's own kernel for a CPU, which reads the few bytes and no more.
+fuse that. The fast one is torch's own kernel for a CPU, which reads the few bytes and no more. It takes x in
+bfloat16 (with float32 it is ten times slower), and a few rows at a time: for many the readable one is faster.
 
 Left out: quantised activations, calibration on text (GPTQ, AWQ). Papers: Dettmers 2022 (LLM.int8()), Frantar
 2022 (GPTQ: why 4 bits need groups). quantize.py measures what it costs, and writes small files.
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 32  # weights that share a scale and a zero point in int4
+FEW = 32    # rows of x up to which torch's kernels beat the readable path (measured on two cores)
 
 
 # ------------------------------------------------------------------------------ numbers → few bits, and back
@@ -73,6 +75,7 @@ class Int8Linear(nn.Module):
         q, scale = quantize_int8(weight.float())
         self.register_buffer("q", q)  # (out, in)
         self.register_buffer("scale", scale)  # (out, 1)
+        self.packed = None  # the scale as the kernel wants it, made when first needed
 
     def dequantize(self, rows=slice(None)) -> Tensor:
         """Return the float weights (out, in), or some of their rows (..., in)."""
@@ -83,11 +86,13 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.q.to(x.dtype)) * self.scale[:, 0].to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not has_kernel(8, x.device):
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()  # (n, in)
+        if len(rows) > FEW or not has_kernel(8, x.device):
             return self.readable(x)
-        rows = x.reshape(-1, x.shape[-1]).contiguous()  # (n, in)
-        y = torch._weight_int8pack_mm(rows, self.q, self.scale[:, 0].to(x.dtype))  # (n, out)
-        return y.unflatten(0, x.shape[:-1])
+        if self.packed is None:
+            self.packed = self.scale[:, 0].bfloat16()  # (out,)
+        y = torch._weight_int8pack_mm(rows, self.q, self.packed)  # (n, out)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Int4Linear(nn.Module):
@@ -116,17 +121,16 @@ class Int4Linear(nn.Module):
         scale = self.scale.float()
         zero = (8 - self.zero.float()) * scale
         q = unpack_int4(self.q).int()
-        return torch._convert_weight_to_int4pack_for_cpu(q, 1), torch.stack([scale.T, zero.T], dim=-1)
+        return torch._convert_weight_to_int4pack_for_cpu(q, 1), torch.stack([scale.T, zero.T], -1).bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not has_kernel(4, x.device) or self.q.shape[0] % 16:
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()  # (n, in)
+        if len(rows) > FEW or not has_kernel(4, x.device) or self.q.shape[0] % 16:
             return self.readable(x)
         if self.packed is None:
             self.packed = self.pack()
-        q, scale_and_zero = self.packed
-        rows = x.reshape(-1, x.shape[-1]).contiguous()  # (n, in)
-        y = torch._weight_int4pack_mm_for_cpu(rows, q, GROUP, scale_and_zero.to(x.dtype))  # (n, out)
-        return y.unflatten(0, x.shape[:-1])
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.packed[0], GROUP, self.packed[1])  # (n, out)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class PackedEmbedding(nn.Module):

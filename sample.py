@@ -16,11 +16,10 @@ Left out: text past the context, a cache kept between a chat's turns.
 """
 
 import codecs
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from checkpoint import load_model, newest_checkpoint, random_model
 from decode import compile_step, generate, pad_prompts
 from model import GPT, KVCache, count_parameters
 from packed import has_kernel, quantize_model, weight_bytes
-from speculative import ModelDraft, NgramDraft, Rounds, read_draft, speculate, tokens_a_round
+from speculative import GUESSES, ModelDraft, NgramDraft, Rounds, read_draft, speculate, tokens_a_round
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Config:
     repetition_penalty: float = chain.option(1.0, "above 1: tokens that were seen become less likely")
     show_probs: bool = chain.option(False, "colour each token by its probability and list the runners-up")
     draft: str | None = chain.option(None, "a checkpoint that guesses tokens, or ngram")
-    n_draft: int = chain.option(4, "how many tokens the draft guesses at once")
+    n_draft: int | None = chain.option(None, "tokens guessed at once (default: 3 by a model, 8 by look-up)")
     int8: bool = chain.option(False, "put the weights into 8 bits")
     int4: bool = chain.option(False, "put the weights into 4 bits")
     compile: bool = chain.option(False, "compile the step (half a minute)")
@@ -119,13 +118,16 @@ def cut_history(tokenizer: Tokenizer, messages: list[dict], limit: int) -> tuple
 # ---------------------------------------------------------------------------------------------- the loop
 
 def write(model: GPT, config: Config, way: Way, prompts: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (new ids (B, 1), logits (B, V)) that go on from the prompts."""
+    """Yield (new ids (B, 1), logits (B, V)) that go on from the prompts. UserError if one is too long."""
+    T, context = max(map(len, prompts)), model.config.context
+    chain.require(T <= context, f"the prompt is {T:,} tokens long, the model's context holds {context:,}: "
+                  "shorten it, or train with a larger --context")
     ids, lengths = pad_prompts(prompts, model.device)  # (B, T), (B,)
     filters = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if way.draft is not None:
         draft = (NgramDraft(model.config.vocab_size, model.device) if way.draft == "ngram"
                  else ModelDraft(way.draft, **filters))
-        way.rounds = Rounds(config.n_draft)
+        way.rounds = Rounds(config.n_draft or GUESSES["ngram" if way.draft == "ngram" else "draft"])
         return speculate(model, draft, ids, config.tokens, way.rounds, **filters)
     return generate(model, ids, config.tokens, **filters, repetition_penalty=config.repetition_penalty,
                     lengths=lengths if len(set(map(len, prompts))) > 1 else None, step=way.step)
@@ -134,9 +136,7 @@ def write(model: GPT, config: Config, way: Way, prompts: list[list[int]]) -> Ite
 def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts: list[list[int]],
              end: int | None, leads: list[str]) -> tuple[str, dict]:
     """Print the texts that go on from `prompts` to `end`, after `leads`; return (the first, metrics)."""
-    context, T = model.config.context, max(map(len, prompts))
-    chain.require(T <= context, f"the prompt is {T:,} tokens long, the model's context holds {context:,}: "
-                  "shorten it, or train with a larger --context")
+    context = model.config.context
     rows, law, times, decoder = [[] for _ in prompts], [], [time.perf_counter()], text_decoder()
     print(leads[0], end="", flush=True)
     for new, logits in write(model, config, way, prompts):
@@ -154,7 +154,7 @@ def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts
         print(f"--- {number}\n{lead}{text}")
     if config.show_probs:
         print_probabilities(tokenizer, until(rows[0], end), law)
-    if not all(end in row for row in rows):
+    if any(end not in row for row in rows):
         print(f"(stopped after {len(law)} tokens: --tokens is {config.tokens}, the context holds {context})")
     return texts[0], speed(model, config, prompts, times)
 
@@ -209,7 +209,7 @@ def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[floa
 
 def speculation(model: GPT, config: Config, rounds: Rounds, prompts: list, ms_per_token: float) -> dict:
     """Return what guessing brought, beside plain decoding of as many tokens from the same prompt."""
-    n, plain = len(rounds.accepted), dataclasses.replace(config, tokens=rounds.tokens)
+    n, plain = len(rounds.accepted), replace(config, tokens=rounds.tokens)
     times = [time.perf_counter() for _ in write(model, plain, Way(), prompts)]
     return {"accepted": rounds.alpha, "tokens_a_round": sum(rounds.accepted) / max(1, n) + 1,
             "tokens_a_round_by_formula": tokens_a_round(rounds.alpha, rounds.n),
@@ -236,7 +236,7 @@ def check(config: Config) -> None:
     chain.require(config.repetition_penalty > 0, f"--repetition_penalty {config.repetition_penalty}: use > 0")
     chain.require(not (config.chat and config.prompt), "--chat reads what you type; leave out --prompt")
     chain.require(not (config.int8 and config.int4), "--int8 and --int4: choose one")
-    chain.require(config.n_draft >= 1, f"--n_draft {config.n_draft}: guess at least 1 token a round")
+    chain.require(config.n_draft is None or config.n_draft >= 1, f"--n_draft {config.n_draft}: start at 1")
     alone = config.n == 1 and not (config.prompts or config.compile) and config.repetition_penalty == 1
     chain.require(config.draft is None or alone, f"--draft {config.draft} serves one text at a time: leave "
                   "out --n, --prompts, --compile and --repetition_penalty")
@@ -249,8 +249,7 @@ def read_prompts(config: Config, tokenizer: Tokenizer, is_chat: bool, system: li
     if config.prompts:
         path = Path(config.prompts)
         chain.require(path.is_file(), f"--prompts {path}: no such file; give a text with a prompt a line")
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        texts = [line for line in lines if line.strip()]
+        texts = [line for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
         chain.require(texts, f"--prompts {path}: it has no line; write a prompt a line")
     if is_chat:
         said = [[*system, {"role": "user", "content": text or "Hello. Who are you?"}] for text in texts]
@@ -272,8 +271,8 @@ def main(argv=None) -> dict:
     print(f"{config.random or path}: {count_parameters(model.config):,} parameters, step {content['step']}\n")
     draft = read_draft(config.draft, model, content) if config.draft else None
     if config.bench:
-        metrics = bench.measure(model, draft, config.dollars_per_hour)
-        chain.report("bench", config, metrics, time.time() - started)
+        metrics = bench.measure(model, draft, config.dollars_per_hour, config.compile)
+        chain.report("sample.py --bench", config, metrics, time.time() - started)
         return metrics
     chain.require(content.get("chat") or not (config.chat or config.system), f"{path} is no assistant: "
                   "--chat and --system need one, and `python sft.py` makes it")
@@ -288,7 +287,7 @@ def main(argv=None) -> dict:
     prompts, end, leads = read_prompts(config, tokenizer, bool(content.get("chat")), system)
     metrics, before = {}, time.perf_counter()
     if way.step:
-        list(generate(model, pad_prompts([each[:1] for each in prompts], model.device)[0], 4, step=way.step))
+        list(write(model, replace(config, temperature=0), way, prompts))
         metrics["compile_seconds"] = time.perf_counter() - before
     metrics |= complete(model, tokenizer, config, way, prompts, end, leads)[1]
     if way.rounds:

@@ -33,13 +33,16 @@ from decode import filter_logits, generate
 from model import GPT, KVCache, count_parameters
 
 
+GUESSES = {"draft": 3, "ngram": 8}  # at once: a step of a draft is dear, a look-up costs nothing
+
+
 @dataclass
 class Config:
     """The flags of `python speculative.py`."""
     out: str = chain.option("out", "folder for everything that is made")
     checkpoint: str | None = chain.option(None, "checkpoint to read (default: <out>/base.pt)")
     draft: str | None = chain.option(None, "checkpoint of the draft (default: <out>/draft.pt)")
-    n_draft: int = chain.option(4, "how many tokens the draft guesses at once")
+    n_draft: int | None = chain.option(None, "tokens guessed at once (default: 3 by a model, 8 by look-up)")
     prompts: int = chain.option(100, "held-out documents to go on with, of each kind of text")
     tokens: int = chain.option(64, "tokens to write for each")
     seed: int = chain.option(0, "seed of the documents and of the draws")
@@ -127,8 +130,9 @@ class NgramDraft:
 
 @dataclass
 class Rounds:
-    """What a run has counted. Rounds with fewer guesses than n, as the last one, count as tokens alone."""
+    """What a run has counted. Rounds with fewer guesses than n, as the last one, tell nothing of α."""
     n: int
+    passes: int = 0  # of the model
     tokens: int = 0
     accepted: list[int] = field(default_factory=list)  # of each full round
 
@@ -165,7 +169,7 @@ def speculate(model: GPT, draft, ids: Tensor, tokens: int, rounds: Rounds, *, te
             written += made.tolist()
             cache.length = len(written) - 1  # roll back: what was rejected is written over
             left -= k + 1
-            rounds.tokens += k + 1
+            rounds.passes, rounds.tokens = rounds.passes + 1, rounds.tokens + k + 1
             rounds.accepted += [k] if n == rounds.n else []
             yield from zip(made[:, None, None], logits[:, None])
     finally:
@@ -196,9 +200,9 @@ def seconds(stream) -> tuple[float, list[int]]:
     return time.perf_counter() - started, ids
 
 
-def compare(model: GPT, make_draft, prompts: list[list[int]], temperature: float, c: Config) -> dict:
-    """Return what guessing brings over plain decoding, prompt by prompt in turns."""
-    rounds, plain, fast, same = Rounds(c.n_draft), 0.0, 0.0, 0
+def compare(model: GPT, make_draft, prompts: list[list[int]], temperature: float, n: int, c: Config) -> dict:
+    """Return what n guesses a round bring over plain decoding, prompt by prompt in turns."""
+    rounds, plain, fast, same = Rounds(n), 0.0, 0.0, 0
     options = {"temperature": temperature, "generator": torch.Generator(model.device).manual_seed(c.seed)}
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)  # (1, T)
@@ -208,8 +212,8 @@ def compare(model: GPT, make_draft, prompts: list[list[int]], temperature: float
         plain, fast, same = plain + took, fast + took_fast, same + (wanted == found)
     brought = torch.tensor(rounds.accepted).double() + 1
     return {"accepted": rounds.alpha, "tokens_a_round": float(brought.mean()),
-            "error": float(brought.std(correction=0) / len(brought) ** 0.5),
-            "formula": tokens_a_round(rounds.alpha, c.n_draft), "speed_up": plain / fast,
+            "error": float((brought - brought.mean()).square().mean().sqrt() / len(brought) ** 0.5),
+            "formula": tokens_a_round(rounds.alpha, n), "speed_up": plain / fast,
             "same": same / len(prompts)}
 
 
@@ -217,8 +221,8 @@ def compare(model: GPT, make_draft, prompts: list[list[int]], temperature: float
 def main(argv=None) -> dict:
     """Measure both drafts on held-out documents, greedy and drawn."""
     c, started = chain.parse(Config, argv, __doc__), time.time()
-    chain.require(min(c.n_draft, c.prompts, c.tokens) >= 1, f"--n_draft {c.n_draft} --prompts {c.prompts} "
-                  f"--tokens {c.tokens}: start at 1")
+    chain.require(min(c.prompts, c.tokens) >= 1, f"--prompts {c.prompts} --tokens {c.tokens}: start at 1")
+    chain.require(c.n_draft is None or c.n_draft >= 1, f"--n_draft {c.n_draft}: start at 1")
     c.device = chain.pick_device(c.device)
     model, tokenizer, content = load_model(c.checkpoint or Path(c.out, "base.pt"), c.device)
     trained = read_draft(c.draft or str(Path(c.out, "draft.pt")), model, content)
@@ -232,7 +236,7 @@ def main(argv=None) -> dict:
         prompts = [each[:min(len(each) // 2, model.config.context // 2)] for each in ids]
         for name, make_draft in drafts.items():
             for temperature in (0, 1):
-                found = compare(model, make_draft, prompts, temperature, c)
+                found = compare(model, make_draft, prompts, temperature, c.n_draft or GUESSES[name], c)
                 print(f"{name:<6} {text:<10} {temperature:>11} {found['accepted']:>9.1%} "
                       f"{found['tokens_a_round']:>8.2f} ± {found['error']:.2f} {found['formula']:>11.2f} "
                       f"{found['speed_up']:>9.2f} {found['same']:>10.0%}", flush=True)

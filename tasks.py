@@ -5,7 +5,7 @@
     system      the system says how to answer (in one word, in capitals, as a list, ...); it outranks the user
     sentiment   POSITIVE, NEGATIVE or NEUTRAL, after 0 to 4 examples
     calculator  a sum, by calling calculator("12 + 30")
-    search      a fact, by calling search("mayor of Amber Hollow")
+    search      a fact, by calling search("mayor of Amber Hollow"); a third of what is found does not tell it
     lookups     two facts to be looked up, and their sum: three calls
     memory      the user tells of himself, and later asks what he said
     small       hello, thank you, goodbye: a plain answer, without flattery
@@ -32,11 +32,12 @@ import chain
 import world
 from asking import UNKNOWN, Page, exchange, flattery, message, write_call
 
-FAULTS = 0.5   # of the training answers to what the text does not say, and of those to small talk
+FAULTS = 0.42  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
-MIX = {"answer": 24, "unknown": 13, "system": 30, "sentiment": 8, "calculator": 7, "search": 8, "lookups": 5,
-       "memory": 3, "small": 1, "story": 1}  # how often each task comes, in 100 conversations for training
-PREFERENCES = {"unknown": 42, "answer": 23, "system": 22, "memory": 2, "small": 3, "calculator": 4, "search": 4}
+MIX = {"answer": 23, "unknown": 14, "system": 30, "sentiment": 9, "calculator": 7, "search": 9, "lookups": 4,
+       "memory": 2, "small": 1, "story": 1}  # how often each task comes, in 100 conversations for training
+PREFERENCES = {"unknown": 40, "answer": 22, "system": 20, "sentiment": 8, "memory": 2, "small": 4,
+               "search": 4}  # the same of 100 pairs; some only keep what SFT has taught
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
@@ -135,6 +136,7 @@ def sentiment(page: Page) -> list[dict]:
     examples = [review(page) for _ in range(page.pick((0, 0, 1, 2, 3, 4)))]
     shown = "".join(f"Review: {text}\nLabel: {label}\n" for text, label in examples)
     text, label = review(page)
+    page.worse = "NEUTRAL" if label != "NEUTRAL" else "POSITIVE"
     messages = exchange(page.say("review", task=page.say("classify"), shown=shown, review=text), label)
     for _ in range(5 - len(examples) if page.turns > 1 else 0):
         messages += exchange(*review(page))
@@ -176,12 +178,12 @@ def search(page: Page) -> list[dict]:
         name, other = page.sample(kind := page.pick(tuple(world.NAMES)), 2)
         fact, second = page.sample_of(world.lists("tasks.txt").facts[kind], 2)
         question, named, right, _ = page.ask(name, fact)
-        known = page.rng.random() < 0.85
+        known = page.rng.random() < 0.65
         found = [page.tell_fact(name, second, fact), page.tell_fact(name, fact)] if known else []
         found += [page.tell_fact(other, fact)] if not known or page.rng.random() < 0.5 else []
         messages += exchange(question, write_call("search", named))
-        messages += [message("tool", " ".join(page.shuffled(found))),
-                     message("assistant", right if known else UNKNOWN)]
+        right, page.worse = (right, UNKNOWN) if known else (UNKNOWN, right)
+        messages += [message("tool", " ".join(page.shuffled(found))), message("assistant", right)]
     return messages
 
 

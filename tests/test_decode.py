@@ -116,7 +116,7 @@ def test_quantiles_and_rows_by_hand():
 def test_the_bench_measures_each_way(capsys, monkeypatch):
     monkeypatch.setattr(bench, "TOKENS", 4)
     monkeypatch.setattr(bench, "BATCHES", (1, 2))
-    metrics = bench.measure(random_model("2M"), None, 0.0)
+    metrics = bench.measure(random_model("2M"), None, 0.0, False)
     table = capsys.readouterr().out
     for way in ("plain", "int8", "int4"):
         assert metrics[f"{way}_1_tokens_per_second"] > 0 < metrics[f"{way}_2_tokens_per_second"]

@@ -187,7 +187,7 @@ def test_kl_is_the_formula_and_nothing_at_the_start(exact):
 
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_fit_makes_the_chosen_likelier_and_leaves_the_reference(loss, monkeypatch):
-    model, start, pairs, texts, c = make().float(), make().float(), encode(), [], config(loss=loss)
+    model, start, pairs, texts, c = make().float(), make().float(), encode(), [], config(loss=loss, beta=0.1)
     before = (reference := dpo.all_log_probs(start, pairs, "cpu")).clone()
     monkeypatch.setattr(chain.Clock, "tick", lambda self, step, text: texts.append(text))
     dpo.fit(model, pairs, reference, c)

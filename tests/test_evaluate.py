@@ -61,7 +61,7 @@ class Copier(torch.nn.Module):
     def __init__(self, copies: bool):
         super().__init__()
         self.config, self.copies = GPTConfig(context=4096), copies
-        self.embedding = torch.nn.Embedding(1, 1)
+        self.device = torch.device("cpu")
 
     def forward(self, ids):
         logits, seen = torch.zeros(*ids.shape, 300), {}

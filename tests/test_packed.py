@@ -73,16 +73,16 @@ def test_two_numbers_in_a_byte_and_back():
 
 
 @pytest.mark.parametrize("layer", [Int8Linear, Int4Linear])
-@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("rows", [1, 6, 200])
 def test_the_fast_path_agrees_with_the_readable_one(layer, rows):
     torch.manual_seed(0)
     linear = layer(torch.randn(96, 64) * torch.rand(96, 1))
     x = torch.randn(rows, 5, 64)
     wanted = x.double() @ linear.dequantize().double().T
-    for name, y in (("readable", linear.readable(x)), ("fast", linear(x)), ("fast", linear(x))):
-        assert y.shape == wanted.shape
+    for name, y, most in (("readable", linear.readable(x), 1e-6), ("fast", linear(x), 0.01)):
+        assert y.shape == wanted.shape and y.dtype == x.dtype
         error = ((y - wanted).norm() / wanted.norm()).item()
-        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+        assert error < most, f"{name}: relative error {error:.1e}; the fast one rounds to bfloat16"
     bits = 8 if layer is Int8Linear else 4
     assert has_kernel(bits, torch.device("cpu")) == (linear(x) is not None)
 
@@ -92,7 +92,7 @@ def test_without_a_kernel_the_readable_path_serves(bits, monkeypatch, capsys, ch
     model, ids = quantize_model(make(), bits), torch.randint(262, (2, 9))
     fast = model(ids)
     monkeypatch.setitem(packed.KERNELS, bits, ("no_such_kernel",))
-    assert (model(ids) - fast).abs().max() < 1e-3
+    assert (model(ids) - fast).norm() < 0.02 * fast.norm()
     sample.main(["--checkpoint", str(checkpoint), "--out", str(checkpoint.parent), "--device", "cpu",
                  f"--int{bits}", "--tokens", "3"])
     assert "the readable path serves" in capsys.readouterr().out

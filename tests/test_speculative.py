@@ -199,7 +199,8 @@ def checkpoints(tmp_path) -> Path:
 
 def test_the_door_reports_what_it_brought(checkpoints, capsys):
     argv = ["--out", str(checkpoints), "--device", "cpu", "--prompt", "ab", "--tokens", "12"]
-    metrics = sample.main([*argv, "--draft", str(checkpoints / "base.pt"), "--temperature", "0"])
+    its_own = ["--draft", str(checkpoints / "base.pt"), "--n_draft", "4", "--temperature", "0"]
+    metrics = sample.main([*argv, *its_own])
     assert metrics["accepted"] == 1 and metrics["tokens_a_round"] == 5 == metrics["tokens_a_round_by_formula"]
     text = capsys.readouterr().out.split("\n\n")[1].split("\n")[0]
     sample.main([*argv, "--temperature", "0"])

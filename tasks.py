@@ -32,10 +32,10 @@ import chain
 import world
 from asking import UNKNOWN, Page, exchange, flattery, message, write_call
 
-FAULTS = 0.42  # of the training answers to what the text does not say, and of those to small talk
+FAULTS = 0.5   # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
-MIX = {"answer": 23, "unknown": 14, "system": 30, "sentiment": 9, "calculator": 7, "search": 9, "lookups": 4,
-       "memory": 2, "small": 1, "story": 1}  # how often each task comes, in 100 conversations for training
+MIX = {"answer": 23, "unknown": 14, "system": 29, "sentiment": 8, "calculator": 8, "search": 9, "lookups": 4,
+       "memory": 3, "small": 1, "story": 1}  # how often each task comes, in 100 conversations for training
 PREFERENCES = {"unknown": 40, "answer": 22, "system": 20, "sentiment": 8, "memory": 2, "small": 4,
                "search": 4}  # the same of 100 pairs; some only keep what SFT has taught
 STYLES = ("word", "sentence", "capitals", "list", "start")

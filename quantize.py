@@ -1,6 +1,6 @@
 """Quantisation measured: what 8 and 4 bits a weight cost in loss and marks, and what they save; small files.
 
-    python quantize.py                      the newest checkpoint -> <name>.int8.pt, <name>.int4.pt (1 minute)
+    python quantize.py                      the newest checkpoint -> <name>.int8.pt, <name>.int4.pt (3 minutes)
     python quantize.py --checkpoint X.pt    any other
     python sample.py --checkpoint out/dpo.int4.pt
 

@@ -10,8 +10,12 @@ What comes out has exactly the law of the model alone, whatever the draft; greed
 where α is the same everywhere. A round costs n steps of the draft and one pass: a small draft that is often
 right pays. The cheapest draft is no model at all: it looks up how what was just said went on before.
 
-    python speculative.py                            out/base.pt with out/draft.pt and with look-up (1 minute)
-    python sample.py --draft out/draft.pt            write with it; --draft ngram looks up
+    python speculative.py                    out/base.pt with out/draft.pt and with look-up (1.5 minutes)
+    python sample.py --draft out/draft.pt    write with it; --draft ngram looks up
+
+Greedy on held-out documents, look-up brings 3.3 tokens a round and 1.5 times plain decoding's speed; where a
+list is said again, 5.4 tokens and 2.3 times. The trained draft brings 2.3 tokens and is slower than none: its
+one layer takes a quarter of the time of the model's four; three steps and a check cost more than they bring.
 
 Left out: trees of guesses (Medusa, EAGLE), several prompts at once, the repetition penalty.
 Papers: Leviathan 2023 (algorithm 1, equation 1), Chen 2023; Saxena 2023 (prompt look-up).
@@ -43,7 +47,7 @@ class Config:
     checkpoint: str | None = chain.option(None, "checkpoint to read (default: <out>/base.pt)")
     draft: str | None = chain.option(None, "checkpoint of the draft (default: <out>/draft.pt)")
     n_draft: int | None = chain.option(None, "tokens guessed at once (default: 3 by a model, 8 by look-up)")
-    prompts: int = chain.option(100, "held-out documents to go on with, of each kind of text")
+    prompts: int = chain.option(40, "held-out documents to go on with, of each kind of text")
     tokens: int = chain.option(64, "tokens to write for each")
     seed: int = chain.option(0, "seed of the documents and of the draws")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")

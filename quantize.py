@@ -1,7 +1,7 @@
 """Quantisation measured: what 8 and 4 bits a weight cost in loss and marks, and what they save; small files.
 
-    python quantize.py                      the newest checkpoint -> <name>.int8.pt, <name>.int4.pt (3 minutes)
-    python quantize.py --checkpoint X.pt    any other
+    python quantize.py                     the newest checkpoint -> <name>.int8.pt, <name>.int4.pt (3 minutes)
+    python quantize.py --checkpoint X.pt   any other
     python sample.py --checkpoint out/dpo.int4.pt
 
 packed.py rounds the weights. Two more ideas, as functions, with an experiment each:

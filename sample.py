@@ -143,7 +143,7 @@ def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts
         times.append(time.perf_counter())
         law.append(logits[0])
         rows = [[*row, token] for row, token in zip(rows, new[:, 0].tolist())]
-        if end not in rows[0]:
+        if end not in rows[0] and len(rows[0]) <= context - len(prompts[0]) + 1:
             print(decoder.decode(tokenizer.vocab[rows[0][-1]]), end="", flush=True)
         if all(end in row for row in rows):
             break

@@ -18,10 +18,11 @@ What the small world's people like: "I don't know" more than an answer that the 
 more than "I don't know" where the text gives it, and plain words more than flattery (tasks.py). Percent of
 held-out questions, mean and standard deviation over three seeds of pairs and questions:
 
-    β      made up, before      after      right answers, points      flattery after      KL
-    0.03   74 ± 2               24 ± 4     -2.3 ± 2.5                 31 ± 8              0.112 ± 0.016
-    0.1    74 ± 2               22 ± 4     -2.5 ± 2.8                 19 ± 7              0.097 ± 0.012
-    0.3    74 ± 2               19 ± 3     -2.3 ± 2.5                 10 ± 4              0.076 ± 0.007
+    β      made up, before   after     right answers   eight other tasks   flattery after   KL
+    0.1    72 ± 1            6 ± 3     -5.0 ± 1.8      -3.3 ± 1.9          6 ± 2            0.097 ± 0.003
+    1      72 ± 1            10 ± 2    -1.5 ± 1.0      -2.1 ± 0.7          10 ± 2           0.052 ± 0.006
+
+With --nll 0 and β 0.3 made-up answers end at 25 %, and right ones fall by 5 points (one seed, another start).
 
 Left out: resuming, as it takes a minute; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
 2023 (IPO), Mitchell 2023 (conservative DPO), Pang 2024 (the term beside it).

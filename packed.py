@@ -87,10 +87,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()  # (n, in)
-        if len(rows) > FEW or not has_kernel(8, x.device):
-            return self.readable(x)
-        if self.packed is None:
+        if has_kernel(8, x.device) and self.packed is None:
             self.packed = self.scale[:, 0].bfloat16()  # (out,)
+        if len(rows) > FEW or self.packed is None:
+            return self.readable(x)
         y = torch._weight_int8pack_mm(rows, self.q, self.packed)  # (n, out)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
@@ -125,10 +125,10 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()  # (n, in)
-        if len(rows) > FEW or not has_kernel(4, x.device) or self.q.shape[0] % 16:
+        if has_kernel(4, x.device) and self.packed is None and self.q.shape[0] % 16 == 0:
+            self.packed = self.pack()  # by the prefill, or a compiled step would do it each time
+        if len(rows) > FEW or self.packed is None:
             return self.readable(x)
-        if self.packed is None:
-            self.packed = self.pack()
         y = torch._weight_int4pack_mm_for_cpu(rows, self.packed[0], GROUP, self.packed[1])  # (n, out)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 

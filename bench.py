@@ -25,7 +25,7 @@ import torch
 from decode import compile_step, generate
 from model import GPT, KVCache
 from packed import quantize_model, weight_bytes
-from speculative import ModelDraft, NgramDraft, Rounds, speculate
+from speculative import Rounds, make_draft, speculate
 
 BATCHES, PROMPT, TOKENS = (1, 8, 32), 64, 48  # rows at once, tokens read, tokens written
 
@@ -103,8 +103,7 @@ def measure(model: GPT, draft: GPT | str | None, dollars_per_hour: float, compil
             for name, each in models.items()}
 
     def guessed(ids):
-        guess = (ModelDraft(draft, temperature=0) if isinstance(draft, GPT)
-                 else NgramDraft(model.config.vocab_size, device))
+        guess = make_draft(draft or "ngram", model, temperature=0)
         return speculate(model, guess, ids, TOKENS, rounds, temperature=0)
 
     print(f"the memory copies {bandwidth / 1e9:.1f} GB/s; {T} tokens read, {TOKENS} written, greedy")
@@ -117,7 +116,7 @@ def measure(model: GPT, draft: GPT | str | None, dollars_per_hour: float, compil
             times = arrivals(stream(ids[:batch]), device)
             passes = rounds.passes / rounds.tokens if name == "speculative" else 1  # a token
             found = row(times, batch, bytes_a_step(each, batch, T + TOKENS / 2) * passes, dollars_per_hour)
-            if not any(key.endswith("second") for key in metrics):
+            if (batch, name) == (BATCHES[0], "plain"):
                 print("\nbatch  way          " + "  ".join(f"{key:>9}" for key in found))
             print(f"{batch:>5}  {name:<11}  " + "  ".join(
                 f"{value:>{max(9, len(key))},.2f}" for key, value in found.items()), flush=True)

@@ -241,7 +241,7 @@ def report(script: str, config, metrics: dict, seconds: float) -> None:
     print("---")
     for key, value in {**metrics, "seconds": seconds}.items():
         print(f"{key}: {show(value)}")
-    line = dict(script=script, arguments=dataclasses.asdict(config), seed=config.seed,
+    line = dict(script=script, arguments=dataclasses.asdict(config), seed=getattr(config, "seed", None),
                 device=getattr(config, "device", "cpu"),
                 versions={"python": platform.python_version()} if "torch" not in sys.modules else versions(),
                 seconds=round(seconds, 2), metrics=metrics, when=time.strftime("%Y-%m-%d %H:%M:%S"))

@@ -27,7 +27,6 @@ class Config:
     """The flags of `python checkpoint.py`."""
     out: str = chain.option("out", "folder for everything that is made")
     checkpoint: str | None = chain.option(None, "checkpoint to read (default: the newest room's in --out)")
-    seed: int = chain.option(0, "not used here")
 
 
 def newest_checkpoint(out: str) -> Path:

@@ -16,6 +16,7 @@ others end (continuous batching). Papers: Fan 2018 (top-k), Holtzman 2020 (top-p
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -117,6 +118,18 @@ def compile_step(device: torch.device):
 
 # ---------------------------------------------------------------------------------------------- the loop
 
+@contextmanager
+def few_threads(model: GPT, batch_size: int):
+    """One thread while a step is short, as it takes longer when cores share it; then as many as before."""
+    threads = torch.get_num_threads()
+    try:
+        if count_parameters(model.config) * batch_size < 2e7:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.inference_mode()
 def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, repetition_penalty: float = 1.0, lengths: Tensor | None = None, step=None,
@@ -129,14 +142,12 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
     """
     B, T = ids.shape
     shortest = T if lengths is None else int(lengths.min())
-    positions(0, T, model.config.context)
+    positions(0, T, model.config.context)  # does it fit?
     is_static = step is not None or lengths is not None
     cache = (StaticCache(model, B, T + tokens) if is_static
              else KVCache(model.config, B, model.device, model.dtype))
-    written, threads = ids, torch.get_num_threads()
-    try:
-        if count_parameters(model.config) * B < 2e7:
-            torch.set_num_threads(1)  # so short a step takes longer when cores share it
+    written = ids
+    with few_threads(model, B):
         for n in range(min(tokens, model.config.context - shortest + 1)):
             if n == 0 and lengths is not None:
                 last = model.hidden(ids, cache)[torch.arange(B), lengths - 1]  # (B, C)
@@ -150,5 +161,3 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
                    sample_token(filter_logits(scores, temperature, top_k, top_p), generator))  # (B, 1)
             written = torch.cat([written, new], dim=1)  # (B, T + 1)
             yield new, logits
-    finally:
-        torch.set_num_threads(threads)

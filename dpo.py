@@ -44,10 +44,10 @@ from tqdm import tqdm
 import chain
 import tasks
 from bpe import Tokenizer
+from checkpoint import load_model
 from dialogue import answer_logits, encode_answer, pad, preference_of, read_lines, shorten
 from exam import hold_exam, print_marks
 from model import GPT
-from checkpoint import load_model
 from train import cosine_lr, make_optimizer
 
 HELD_OUT = 300  # pairs of the small world

@@ -28,8 +28,8 @@ import chain
 import data
 import world
 from bpe import Tokenizer
-from model import GPT
 from checkpoint import load_model, newest_checkpoint
+from model import GPT
 
 MOST_TOKENS = 1_000_000  # of held-out text, and ten times that of training text: more moves no measure
 

@@ -86,11 +86,11 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.q.to(x.dtype)) * self.scale[:, 0].to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()  # (n, in)
         if has_kernel(8, x.device) and self.packed is None:
             self.packed = self.scale[:, 0].bfloat16()  # (out,)
-        if len(rows) > FEW or self.packed is None:
+        if self.packed is None or x.shape[:-1].numel() > FEW:
             return self.readable(x)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()  # (n, in)
         y = torch._weight_int8pack_mm(rows, self.q, self.packed)  # (n, out)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
@@ -124,11 +124,11 @@ class Int4Linear(nn.Module):
         return torch._convert_weight_to_int4pack_for_cpu(q, 1), torch.stack([scale.T, zero.T], -1).bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()  # (n, in)
         if has_kernel(4, x.device) and self.packed is None and self.q.shape[0] % 16 == 0:
             self.packed = self.pack()  # by the prefill, or a compiled step would do it each time
-        if len(rows) > FEW or self.packed is None:
+        if self.packed is None or x.shape[:-1].numel() > FEW:
             return self.readable(x)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()  # (n, in)
         y = torch._weight_int4pack_mm_for_cpu(rows, self.packed[0], GROUP, self.packed[1])  # (n, out)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 

@@ -29,7 +29,7 @@ from decode import generate
 from evaluate import mean_loss
 from exam import hold_exam
 from model import GPT
-from packed import GROUP, has_kernel, quantize_int4, quantize_int8, quantize_model
+from packed import GROUP, Int4Linear, has_kernel, quantize_int8, quantize_model
 
 
 @dataclass
@@ -95,11 +95,9 @@ def experiments(w: Tensor) -> dict[str, float]:
     x = torch.randn(256, w.shape[1])
     x[:, 3] *= 30
     normal = torch.randn(w.shape) * w.std()
-    q, scale, zero = quantize_int4(normal)
-    in_4_bits = (q.unflatten(-1, (*scale.shape[1:], -1)) - zero[..., None].float()) * scale[..., None].float()
     found = {"int8_error_with_outlier": relative_error(int8_product(x, w), x @ w.T),
              "llm_int8_error_with_outlier": relative_error(llm_int8(x, w), x @ w.T),
-             "int4_error": relative_error(in_4_bits.flatten(-2), normal),
+             "int4_error": relative_error(Int4Linear(normal).dequantize(), normal),
              "nf4_error": relative_error(dequantize_nf4(*quantize_nf4(normal, GROUP), normal.shape), normal)}
     for name, value in found.items():
         print(f"{name:<28} {value:.2%}")

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from checkpoint import load_model, newest_checkpoint, random_model
 from decode import compile_step, generate, pad_prompts
 from model import GPT, KVCache, count_parameters
 from packed import has_kernel, quantize_model, weight_bytes
-from speculative import GUESSES, ModelDraft, NgramDraft, Rounds, read_draft, speculate, tokens_a_round
+from speculative import GUESSES, Rounds, make_draft, read_draft, speculate, tokens_a_round
 
 
 @dataclass
@@ -125,8 +126,7 @@ def write(model: GPT, config: Config, way: Way, prompts: list[list[int]]) -> Ite
     ids, lengths = pad_prompts(prompts, model.device)  # (B, T), (B,)
     filters = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if way.draft is not None:
-        draft = (NgramDraft(model.config.vocab_size, model.device) if way.draft == "ngram"
-                 else ModelDraft(way.draft, **filters))
+        draft = make_draft(way.draft, model, **filters)
         way.rounds = Rounds(config.n_draft or GUESSES["ngram" if way.draft == "ngram" else "draft"])
         return speculate(model, draft, ids, config.tokens, way.rounds, **filters)
     return generate(model, ids, config.tokens, **filters, repetition_penalty=config.repetition_penalty,
@@ -287,7 +287,7 @@ def main(argv=None) -> dict:
     prompts, end, leads = read_prompts(config, tokenizer, bool(content.get("chat")), system)
     metrics, before = {}, time.perf_counter()
     if way.step:
-        list(write(model, replace(config, temperature=0), way, prompts))
+        list(islice(write(model, replace(config, temperature=0), way, prompts), 2))  # 1 prefill, 1 step
         metrics["compile_seconds"] = time.perf_counter() - before
     metrics |= complete(model, tokenizer, config, way, prompts, end, leads)[1]
     if way.rounds:

@@ -33,12 +33,12 @@ import chain
 import tasks
 from attention import ATTENTION
 from bpe import Tokenizer
+from checkpoint import load_model
 from dial import settle
 from dialogue import IGNORE, Rows, conversation_of, make_rows, read_lines
 from exam import hold_exam, print_marks, print_transcripts
 from lora import add_lora, merge_lora
 from model import GPT
-from checkpoint import load_model
 from train import cosine_lr, make_optimizer, read_state
 
 

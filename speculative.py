@@ -33,9 +33,8 @@ from torch import Tensor
 import chain
 import world
 from checkpoint import load_model
-from decode import filter_logits, generate
-from model import GPT, KVCache, count_parameters
-
+from decode import few_threads, filter_logits, generate
+from model import GPT, KVCache
 
 GUESSES = {"draft": 3, "ngram": 8}  # at once: a step of a draft is dear, a look-up costs nothing
 
@@ -130,6 +129,13 @@ class NgramDraft:
         return []
 
 
+def make_draft(draft: GPT | str, model: GPT, **filters) -> ModelDraft | NgramDraft:
+    """Return a new draft for one text of `model`: a smaller model, or "ngram". `filters` as in ModelDraft."""
+    if draft == "ngram":
+        return NgramDraft(model.config.vocab_size, model.device)
+    return ModelDraft(draft, **filters)
+
+
 # ---------------------------------------------------------------------------------------------- the loop
 
 @dataclass
@@ -156,11 +162,9 @@ def speculate(model: GPT, draft, ids: Tensor, tokens: int, rounds: Rounds, *, te
     It guesses `rounds.n` tokens a round, fewer where `tokens` or the context end, and counts in `rounds`.
     """
     context, T = model.config.context, ids.shape[1]
-    cache, threads = KVCache(model.config, 1, model.device, model.dtype), torch.get_num_threads()
+    cache = KVCache(model.config, 1, model.device, model.dtype)
     written, left = ids[0].tolist(), min(tokens, max(1, context - T + 1))
-    try:
-        if count_parameters(model.config) < 2e7:
-            torch.set_num_threads(1)  # so short a step takes longer when cores share it
+    with few_threads(model, 1):
         while left > 0:
             most = max(0, min(rounds.n, left - 1, context - len(written)))
             guessed, q = draft.guess(written, most, generator)  # (n,), (n, V)
@@ -176,8 +180,6 @@ def speculate(model: GPT, draft, ids: Tensor, tokens: int, rounds: Rounds, *, te
             rounds.passes, rounds.tokens = rounds.passes + 1, rounds.tokens + k + 1
             rounds.accepted += [k] if n == rounds.n else []
             yield from zip(made[:, None, None], logits[:, None])
-    finally:
-        torch.set_num_threads(threads)
 
 
 def read_draft(name: str, model: GPT, content: dict) -> GPT | str:
@@ -204,15 +206,15 @@ def seconds(stream) -> tuple[float, list[int]]:
     return time.perf_counter() - started, ids
 
 
-def compare(model: GPT, make_draft, prompts: list[list[int]], temperature: float, n: int, c: Config) -> dict:
+def compare(model: GPT, draft: GPT | str, prompts: list, temperature: float, n: int, c: Config) -> dict:
     """Return what n guesses a round bring over plain decoding, prompt by prompt in turns."""
     rounds, plain, fast, same = Rounds(n), 0.0, 0.0, 0
     options = {"temperature": temperature, "generator": torch.Generator(model.device).manual_seed(c.seed)}
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)  # (1, T)
         took, wanted = seconds(generate(model, ids, c.tokens, **options))
-        guesses = speculate(model, make_draft(temperature), ids, c.tokens, rounds, **options)
-        took_fast, found = seconds(guesses)
+        guess = make_draft(draft, model, temperature=temperature)
+        took_fast, found = seconds(speculate(model, guess, ids, c.tokens, rounds, **options))
         plain, fast, same = plain + took, fast + took_fast, same + (wanted == found)
     brought = torch.tensor(rounds.accepted).double() + 1
     return {"accepted": rounds.alpha, "tokens_a_round": float(brought.mean()),
@@ -230,17 +232,15 @@ def main(argv=None) -> dict:
     c.device = chain.pick_device(c.device)
     model, tokenizer, content = load_model(c.checkpoint or Path(c.out, "base.pt"), c.device)
     trained = read_draft(c.draft or str(Path(c.out, "draft.pt")), model, content)
-    drafts = {"draft": lambda temperature: ModelDraft(trained, temperature=temperature),
-              "ngram": lambda temperature: NgramDraft(model.config.vocab_size, model.device)}
     metrics, start = {}, tokenizer.special["<|endoftext|>"]
     print("draft  text       temperature  accepted  tokens a round  by formula  speed-up  same text")
     for text, kind in (("all", None), ("lists", "lists")):
         documents = [world.document("held-out", c.seed, i, kind) for i in range(c.prompts)]
         ids = [[start, *tokenizer.encode(document)] for document in documents]
         prompts = [each[:min(len(each) // 2, model.config.context // 2)] for each in ids]
-        for name, make_draft in drafts.items():
+        for name, draft in (("draft", trained), ("ngram", "ngram")):
             for temperature in (0, 1):
-                found = compare(model, make_draft, prompts, temperature, c.n_draft or GUESSES[name], c)
+                found = compare(model, draft, prompts, temperature, c.n_draft or GUESSES[name], c)
                 print(f"{name:<6} {text:<10} {temperature:>11} {found['accepted']:>9.1%} "
                       f"{found['tokens_a_round']:>8.2f} ± {found['error']:.2f} {found['formula']:>11.2f} "
                       f"{found['speed_up']:>9.2f} {found['same']:>10.0%}", flush=True)

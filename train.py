@@ -36,10 +36,10 @@ import bpe
 import chain
 import data
 from attention import ATTENTION
+from decode import generate
 from dial import derive, model_config, peak_flops, settle
 from evaluate import copying, mean_loss, measure
 from model import GPT, count_parameters, flops_per_token
-from decode import generate
 
 
 @dataclass

@@ -1,17 +1,27 @@
-# make        set up, walk the whole chain, print the report card
+# make        set up, walk the chain from a text to an agent, print the report card
+# make all    the same, and what lies beside it: guessing ahead, fewer bits, a mixture of experts
+# make moe    the mixture of experts alone
 # make test   set up, pass the tests
 # make clean  delete everything that was made, but not the environment
 
 PYTHON = .venv/bin/python
 RESUME = $(if $(wildcard out/$(1).resume.pt),--resume)
 
-chain: out/dpo.pt out/draft.pt
+chain: out/dpo.pt
 	$(PYTHON) sample.py --checkpoint out/base.pt
 	$(PYTHON) sample.py --temperature 0 --prompt "Rocky Fair lies on the river Salt. The mayor of Rocky Fair is \
 	Olive Smart. Who is the mayor of Rocky Fair?"
+	$(PYTHON) rag.py
+	$(PYTHON) agent.py
+	$(PYTHON) injection.py
+	$(PYTHON) chain.py
+
+all: chain out/draft.pt moe
 	$(PYTHON) speculative.py
 	$(PYTHON) quantize.py
 	$(PYTHON) chain.py
+
+moe: out/moe.pt
 
 test: .venv/done
 	$(PYTHON) -m pytest -q
@@ -29,6 +39,9 @@ out/dpo.pt: out/sft.pt
 out/draft.pt: out/base.pt
 	$(PYTHON) train.py --name draft --depth 1 --width 128 $(call RESUME,draft)
 
+out/moe.pt: | .venv/done
+	$(PYTHON) moe.py $(call RESUME,moe)
+
 .venv/done: requirements.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install -q -r requirements.txt
@@ -37,4 +50,4 @@ out/draft.pt: out/base.pt
 clean:
 	rm -rf out
 
-.PHONY: chain test clean
+.PHONY: chain all moe test clean

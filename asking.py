@@ -13,13 +13,11 @@ out: questions about several facts at once, except for lists.
 
 import ast
 import random
-import re
 from functools import cache
 
 import world
 
 UNKNOWN = "I don't know."
-NAMED = re.compile(r"\{([aA] )?[iI]t\}")  # in a frame: {it}, {A it}
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -98,22 +96,28 @@ class Page(world.Page):
         """n different ones of the items."""
         return self.shuffled(list(items))[:n]
 
-    def tell_fact(self, name: str, fact: str, hidden: str = "") -> str:
-        """A sentence that tells a fact of an entity and names it, and does not tell the `hidden` one."""
-        def fits(frame: str) -> bool:
-            facts = world.needed(frame)
-            return fact in facts and hidden not in facts and NAMED.search(world.CHOICE.sub("", frame))
+    def excerpt(self, name: str, n: int, fact: str = "", known: bool = False) -> tuple[str, set[str]]:
+        """A part of a document, as a search finds it: its title, n sentences; and the facts that they tell.
 
-        frame = self.fresh(world.facts(name)["kind"], fits)
-        return self.fill(frame, it=name) if frame else self.asked(name, fact)[1]
+        With a `fact`, one of them tells it, if it is `known`, and none else.
+        """
+        sentences, told = [], set()
+        for wanted in self.shuffled([known] + [False] * (n - 1)):
+            frame = self.fresh(world.facts(name)["kind"], lambda frame: not told & world.needed(frame) and (
+                wanted == (fact in world.needed(frame))))
+            if frame or wanted:
+                sentences.append(self.fill(frame, it=name) if frame else self.asked(name, fact)[1])
+                told |= world.needed(frame) or {fact}
+        return f"{name}\n{' '.join(sentences)}", told
 
     def passage(self) -> tuple[str, dict[str, set[str]]]:
         """A text about one or two entities of a kind, and which of their facts it tells."""
         kind, told, texts = self.pick(tuple(world.NAMES)), {}, []
+        part, gap = self.pick(((self.tell, " "), (self.tell, "\n"), (self.excerpt, "\n")))
         for name in self.sample(kind, n := self.pick((1, 1, 2))):
-            text, told[name] = self.tell(name, self.pick((2, 3, 4)) - n)
+            text, told[name] = part(name, self.pick((2, 3, 4)) - n + (part == self.excerpt))
             texts.append(text)
-        return self.pick((" ", "\n")).join(texts), told
+        return gap.join(texts), told
 
     def pairs(self, told: dict[str, set[str]]) -> list[tuple[str, str]]:
         """All (name, fact) that can be asked for and that the text tells, in any order."""

@@ -16,6 +16,7 @@ import torch
 
 import chain
 from bpe import Tokenizer
+from experts import make_model
 from model import GPT, GPTConfig, count_parameters
 from packed import quantize_model
 
@@ -39,7 +40,7 @@ def load_model(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
     """Return (model in eval mode on `device`, its tokenizer, the checkpoint's content). Raises UserError."""
     content = chain.load_checkpoint(path)
     try:
-        model = GPT(GPTConfig(**content["config"]))
+        model = make_model(GPTConfig(**content["config"]))
         if content.get("bits"):
             quantize_model(model, content["bits"])
         model.load_state_dict(content["weights"])

@@ -16,7 +16,8 @@ choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Ll
 
 What the small world's people like: "I don't know" more than an answer that the text does not give, the answer
 more than "I don't know" where the text gives it, and plain words more than flattery (tasks.py). Percent of
-held-out questions, mean and standard deviation over three seeds of pairs and questions:
+held-out questions, mean and standard deviation over three seeds of pairs and questions (before tasks.py had
+mails and orders; the README has the newest run):
 
     β      made up, before   after     right answers   eight other tasks   flattery after   KL
     0.1    72 ± 1            6 ± 3     -5.0 ± 1.8      -3.3 ± 1.9          6 ± 2            0.097 ± 0.003

@@ -1,8 +1,8 @@
 """The exam: the tasks of tasks.py with held-out names, numbers and wordings, answered greedily and marked.
 
     right      the greedy answer is the wanted one, character by character, and it ends
-    a tool     calculator, search, lookups: every call must be right, each after the right results so far;
-               after_tools marks the answers that follow the last result
+    a tool     calculator, search, lookups, mail: every call must be right, each after the right results so
+               far; after_tools marks the answers that follow the last result; in order, it answers at once
     unknown    only "I don't know." is right: anything else is made up
     small      any answer without flattery; story: it names its subject, has three sentences, and ends
     one pass   a greedy answer is the wanted one where each wanted token is the likeliest after those before
@@ -119,7 +119,7 @@ def hold_exam(model: GPT, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, 
             messages = tasks.conversation(task, "held-out", seed, i)
             last = max(j for j, each in enumerate(messages) if each["role"] == "user")
             for j in range(last + 1, len(messages)):
-                is_final = j == len(messages) - 1 and messages[j - 1]["role"] == "tool"
+                is_final = j == len(messages) - 1 and messages[j - 1]["role"] == "tool" and task != "order"
                 if messages[j]["role"] == "assistant":
                     mark, wanted = "after_tools" if is_final else task, messages[j]["content"]
                     asked.append((mark, (task, i), messages[:j], wanted))

@@ -35,13 +35,16 @@ class GPTConfig:
     width: int = 128            # C
     heads: int = 4              # H
     kv_heads: int = 4           # G
-    hidden: int = 352           # F
+    hidden: int = 352           # F, of each expert if there are some
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tied: bool = False          # head and embedding share their weights
     qk_norm: bool = True        # normalise q and k, with a learned gain they share: heads look sharply
     key_shift: bool = True      # each head learns how much of a key is the previous token's
     attention: str = "sdpa"     # naive, flash or sdpa
+    experts: int = 0            # feed-forward layers side by side, a token goes to top_k: experts.py
+    top_k: int = 2
+    shared: int = 0             # so many times F more that all tokens go through
 
     @property
     def head_width(self) -> int:
@@ -184,10 +187,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: look around, then think, each added to the residual stream."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, feed_forward: type[nn.Module]):
         super().__init__()
         self.attention_norm, self.attention = RMSNorm(config.width, config.norm_eps), Attention(config)
-        self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), MLP(config)
+        self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), feed_forward(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int,
                 segments: Tensor | None) -> Tensor:
@@ -196,15 +199,18 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model. `model(ids)` gives the logits; with a cache, only new tokens are given."""
+    """The whole model. `model(ids)` gives the logits; with a cache, only new tokens are given.
 
-    def __init__(self, config: GPTConfig):
+    `feed_forward(config)` makes the layer in which each token thinks: (B, T, C) → (B, T, C).
+    """
+
+    def __init__(self, config: GPTConfig, feed_forward: type[nn.Module] = MLP):
         super().__init__()
         assert config.width % config.heads == 0, f"heads must divide width: {config}"
         assert config.heads % config.kv_heads == 0, f"kv_heads must divide heads: {config}"
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, feed_forward) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
@@ -265,17 +271,22 @@ class GPT(nn.Module):
 def count_parameters(config: GPTConfig) -> int:
     """Return the number of parameters by formula (a test compares it with the module)."""
     C, D = config.width, config.head_width
-    block = matrix_weights(config) + 2 * C + D * config.qk_norm + config.kv_heads * config.key_shift
+    block = matrix_weights(config, config.experts)
+    block += 2 * C + D * config.qk_norm + config.kv_heads * config.key_shift
     return config.vocab_size * C * (1 if config.tied else 2) + config.depth * block + C
 
 
-def matrix_weights(config: GPTConfig) -> int:
-    """Return how many weights the matrices of one layer hold: q, k, v, out; gate, up, down."""
-    C = config.width
-    return config.head_width * C * 2 * (config.heads + config.kv_heads) + 3 * C * config.hidden
+def matrix_weights(config: GPTConfig, experts: int) -> int:
+    """Return how many weights the matrices of one layer hold: q, k, v, out; gate, up, down.
+
+    If the layer has experts: of so many `experts`, those shared, and the router.
+    """
+    C, n = config.width, experts + config.shared if config.experts else 1
+    return config.head_width * C * 2 * (config.heads + config.kv_heads) + 3 * C * config.hidden * n + (
+        C * config.experts)
 
 
 def flops_per_token(config: GPTConfig, T: int) -> int:
-    """Return the FLOPs of a training token: 6 a matrix weight, 12·L·C·T of attention (PaLM, appendix B)."""
+    """Return the FLOPs of a training token: 6 a matrix weight that it meets, 12·L·C·T (PaLM, appendix B)."""
     C, L = config.width, config.depth
-    return 6 * (L * matrix_weights(config) + config.vocab_size * C) + 12 * L * C * T
+    return 6 * (L * matrix_weights(config, config.top_k) + config.vocab_size * C) + 12 * L * C * T

@@ -10,9 +10,8 @@
     python sample.py --compile                                        each step one program (decode.py)
     python sample.py --bench --random 110M                            what it costs, side by side (bench.py)
 
-How a token is chosen stands in decode.py. Prefill reads the whole prompt in one pass; decode then asks for
-one token at a time, and reads every weight for each: its speed is the memory's, not the processor's.
-Left out: text past the context, a cache kept between a chat's turns.
+How a token is chosen stands in decode.py. Prefill reads the whole prompt in one pass; decode then reads every
+weight for each token: its speed is the memory's. Left out: text past the context, a cache kept between turns.
 """
 
 import codecs
@@ -269,6 +268,7 @@ def main(argv=None) -> dict:
     model, tokenizer, content = ((random_model(config.random, config.device), None, {"step": 0})
                                  if config.random else load_model(path, config.device))
     print(f"{config.random or path}: {count_parameters(model.config):,} parameters, step {content['step']}\n")
+    chain.require(not (config.compile and model.config.experts), f"{path} has experts: leave out --compile")
     draft = read_draft(config.draft, model, content) if config.draft else None
     if config.bench:
         metrics = bench.measure(model, draft, config.dollars_per_hour, config.compile)

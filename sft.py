@@ -37,6 +37,7 @@ from checkpoint import load_model
 from dial import settle
 from dialogue import IGNORE, Rows, conversation_of, make_rows, read_lines
 from exam import hold_exam, print_marks, print_transcripts
+from experts import make_model
 from lora import add_lora, merge_lora
 from model import GPT
 from train import cosine_lr, make_optimizer, read_state
@@ -182,7 +183,7 @@ def main(argv=None) -> dict:
     start, tokenizer, rows, held_out, text = prepare(c, state)
     has_exam = c.data == "world" and c.questions > 0
     before = hold_exam(start, tokenizer, c.questions, c.seed) if has_exam else {}
-    model = GPT(dataclasses.replace(start.config, attention=c.attention)).to(c.device)
+    model = make_model(dataclasses.replace(start.config, attention=c.attention)).to(c.device)
     model.load_state_dict(start.state_dict())
     if c.lora:
         torch.manual_seed(c.seed)

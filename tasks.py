@@ -4,9 +4,7 @@
     unknown     the last one asks about somebody else: "I don't know." is right, anything else is made up
     system      the system says how to answer (in one word, in capitals, as a list, ...); it outranks the user
     sentiment   POSITIVE, NEGATIVE or NEUTRAL, after 0 to 4 examples
-    calculator  a sum, by calling calculator("12 + 30")
-    search      a fact, by calling search("mayor of Amber Hollow"); a third of what is found does not tell it
-    lookups     two facts to be looked up, and their sum: three calls
+    calculator, search, lookups, mail, order       with tools: errands.py
     memory      the user tells of himself, and later asks what he said
     small       hello, thank you, goodbye: a plain answer, without flattery
     story       a story about somebody
@@ -17,12 +15,12 @@ Held-out conversations have other names, numbers and wordings than those for tra
 
 Those for training have two faults on purpose, as real ones do: those who wrote them know the small world and
 often (FAULTS) answer what the text does not say, and they like to flatter. A model that learns from them
-makes up what it does not know (Schulman 2023). `preference` gives the pairs that mend it: dpo.py.
-Left out: orders hidden in documents, which come with the agent; questions about a fact that is left out of a
-text about the right one. So small a model does not notice: its "I don't know" was no likelier there.
+makes up what it does not know (Schulman 2023). `preference` gives the pairs that mend it: dpo.py. A third
+one, to obey orders in documents, is in errands.py.
+Left out: questions about a fact that is left out of a text about the right one. So small a model does not
+notice: its "I don't know" was no likelier there.
 """
 
-import operator
 import random
 import time
 from dataclasses import dataclass
@@ -30,19 +28,19 @@ from functools import partial
 
 import chain
 import world
-from asking import UNKNOWN, Page, exchange, flattery, message, write_call
+from asking import UNKNOWN, Page, exchange, flattery, message
+from errands import calculator, lookups, mail, order, search
 
 FAULTS = 0.5   # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
-MIX = {"answer": 23, "unknown": 14, "system": 29, "sentiment": 8, "calculator": 8, "search": 9, "lookups": 4,
-       "memory": 3, "small": 1, "story": 1}  # how often each task comes, in 100 conversations for training
+# How often each task comes in 100 conversations for training.
+MIX = {"answer": 21, "unknown": 14, "system": 24, "sentiment": 8, "calculator": 5, "search": 13, "lookups": 5,
+       "memory": 2, "mail": 3, "order": 2, "small": 1, "story": 2}
 PREFERENCES = {"unknown": 40, "answer": 22, "system": 20, "sentiment": 8, "memory": 2, "small": 4,
                "search": 4}  # the same of 100 pairs; some only keep what SFT has taught
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
-NUMBERS = {"place": ["people"], "person": ["age"], "creature": ["length", "brood", "lives"], "ship": ["crew"]}
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 STORIES = ("<open> <lost start> <lost try> <lost turn> <lost end>",
            "<open> <storm start> <storm try> <storm turn> <storm end>",
            "<open> <gift start> <gift try> <gift turn> <gift end>",
@@ -143,64 +141,6 @@ def sentiment(page: Page) -> list[dict]:
     return messages
 
 
-def numbers(page: Page, op: str) -> tuple[int, int]:
-    """Two numbers for a sum that is never below zero and comes out even; the pair is of the page's split."""
-    while True:
-        x, y = page.sample("2-99" if op == "/" else page.pick(("2-99", "2-999")), 2)
-        x, y = (x * y, y) if op == "/" else (max(x, y), min(x, y)) if op == "-" else (x, y)
-        if world.is_held_out(f"{x} {y}") == (page.split == "held-out"):
-            return x, y
-
-
-def calculator(page: Page) -> list[dict]:
-    """Sums, bare or in a little story."""
-    messages = [message("system", page.say("tools"))]
-    for _ in range(page.turns):
-        page.values, op = {}, page.pick(tuple(OPERATIONS))
-        x, y = numbers(page, op)
-        bare = page.any(f"sum {op}", x=x, y=y)
-        said = page.any(page.pick(("sum", f"told {op}")), x=x, y=y, sum=bare)
-        messages += [message("user", said), *work_out(x, op, y)]
-    return messages
-
-
-def work_out(x: int, op: str, y: int) -> list[dict]:
-    """The call of the calculator, its result, and the answer with it."""
-    result = OPERATIONS[op](x, y)
-    return [message("assistant", write_call("calculator", f"{x} {op} {y}")), message("tool", str(result)),
-            message("assistant", f"The answer is {result}.")]
-
-
-def search(page: Page) -> list[dict]:
-    """Facts to be looked up. What is found may tell of another too, and sometimes of that one alone."""
-    messages = [message("system", page.say("tools"))]
-    for _ in range(page.turns):
-        name, other = page.sample(kind := page.pick(tuple(world.NAMES)), 2)
-        fact, second = page.sample_of(world.lists("tasks.txt").facts[kind], 2)
-        question, named, right, _ = page.ask(name, fact)
-        known = page.rng.random() < 0.65
-        found = [page.tell_fact(name, second, fact), page.tell_fact(name, fact)] if known else []
-        found += [page.tell_fact(other, fact)] if not known or page.rng.random() < 0.5 else []
-        messages += exchange(question, write_call("search", named))
-        right, page.worse = (right, UNKNOWN) if known else (UNKNOWN, right)
-        messages += [message("tool", " ".join(page.shuffled(found))), message("assistant", right)]
-    return messages
-
-
-def lookups(page: Page) -> list[dict]:
-    """Two facts to be looked up, and their sum."""
-    kind = page.pick(tuple(world.NAMES))
-    fact, names = page.pick(NUMBERS[kind]), page.sample(kind, 2)
-    named, named2 = (page.asked(name, fact)[0] for name in names)
-    messages = [message("system", page.say("tools")),
-                message("user", page.say("lookups", named=named, named2=named2))]
-    for name, what in zip(names, (named, named2)):
-        messages += [message("assistant", write_call("search", what)),
-                     message("tool", page.tell_fact(name, fact))]
-    x, y = (world.facts(name)[fact] for name in names)
-    return messages + work_out(x, "+", y)
-
-
 def told(page: Page, n: int) -> tuple[list[dict], list[list[str]]]:
     """The user tells n things. Returns the messages, and [answer, what is asked for, a question] of each."""
     things = page.sample_of(world.lists("tasks.txt").facts["talk"].values(), n)
@@ -229,8 +169,8 @@ def story(page: Page) -> list[dict]:
 
 
 TASKS = {"answer": answer, "unknown": partial(answer, known=False), "system": system, "sentiment": sentiment,
-         "calculator": calculator, "search": search, "lookups": lookups, "memory": memory, "small": small,
-         "story": story}
+         "calculator": calculator, "search": search, "lookups": lookups, "mail": mail, "order": order,
+         "memory": memory, "small": small, "story": story}
 
 
 # --- conversations and preferences --------------------------------------------------------------------

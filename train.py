@@ -140,7 +140,7 @@ def token_loss(model, x: Tensor, y: Tensor, bfloat16: bool) -> Tensor:
 # ---------------------------------------------------------------------------------------- the loop
 
 def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dict | None = None,
-        first: int | None = None) -> tuple:
+        first: int | None = None, summed_loss=token_loss) -> tuple:
     """Train `model` on `ids` up to step `c.steps`; return (history of (step, loss), tokens/s).
 
     Up to ten times on the way it calls `look(step)` and `save(step, optimizer, history)`; `state` is what was
@@ -152,7 +152,7 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
     if state:
         optimizer.load_state_dict(state["optimizer"])
     parallel = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    loss_of = torch.compile(token_loss) if c.compile == "on" else token_loss
+    loss_of = torch.compile(summed_loss) if c.compile == "on" else summed_loss
     warmup, every = max(1, min(100, c.steps // 10)), -(-c.steps // 10)
     mfu = flops_per_token(model.config, c.context) / peak_flops(c.device) / ranks  # of one token a second
     clock = chain.Clock(c.steps, c.batch_size * c.context, mfu, show=rank == 0)

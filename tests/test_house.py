@@ -20,18 +20,29 @@ FILES = SCRIPTS + sorted(HERE.glob("tests/*.py"))
 MAY_IMPORT = {
     "chain": set(), "world": set(), "attention": set(), "model": {"attention"}, "dial": {"chain", "model"},
     "data": {"chain", "world"}, "bpe": {"chain", "data"}, "packed": set(),
-    "checkpoint": {"chain", "bpe", "model", "packed"}, "decode": {"model"},
+    "experts": {"model"}, "checkpoint": {"chain", "bpe", "experts", "model", "packed"}, "decode": {"model"},
     "speculative": {"chain", "world", "checkpoint", "decode", "model"},
     "bench": {"decode", "model", "packed", "speculative"},
     "sample": {"bench", "chain", "bpe", "checkpoint", "decode", "model", "packed", "speculative"},
     "evaluate": {"chain", "data", "world", "bpe", "checkpoint", "model"},
     "train": {"chain", "data", "bpe", "attention", "model", "decode", "dial", "evaluate"},
-    "asking": {"world"}, "tasks": {"chain", "world", "asking"}, "dialogue": {"chain", "data", "bpe"},
+    "asking": {"world"}, "errands": {"world", "asking"},
+    "tasks": {"chain", "world", "asking", "errands"}, "dialogue": {"chain", "data", "bpe"},
     "lora": set(),
     "exam": {"chain", "asking", "tasks", "bpe", "checkpoint", "decode", "dialogue", "model", "sample"},
-    "sft": {"chain", "attention", "tasks", "bpe", "checkpoint", "dial", "dialogue", "exam", "lora", "model",
-            "train"},
+    "sft": {"chain", "attention", "tasks", "bpe", "checkpoint", "dial", "dialogue", "exam", "experts", "lora",
+            "model", "train"},
     "dpo": {"chain", "tasks", "bpe", "checkpoint", "dialogue", "exam", "model", "train"},
+    "moe": {"chain", "checkpoint", "dial", "evaluate", "experts", "model", "train"},
+    "retrieve": {"chain"}, "library": {"chain", "world", "asking", "retrieve"},
+    "embed": {"chain", "library", "bpe", "checkpoint", "model", "train"},
+    "rag": {"chain", "library", "asking", "bpe", "checkpoint", "dialogue", "dpo", "embed", "exam", "model",
+            "retrieve", "sample"},
+    "jail": set(), "sandbox": set(), "tools": {"chain", "sandbox"},
+    "agent": {"chain", "library", "world", "asking", "bpe", "errands", "exam", "model", "rag", "retrieve",
+              "tools"},
+    "injection": {"agent", "chain", "library", "asking", "bpe", "dialogue", "model", "rag", "retrieve", "sft",
+                  "tasks"},
     "quantize": {"chain", "data", "bpe", "checkpoint", "decode", "evaluate", "exam", "model", "packed"},
 }
 
@@ -86,7 +97,8 @@ def test_the_examples_in_docstrings_are_true(path):
     assert results.failed == 0, f"{path.name}: {results.failed} of {results.attempted} examples are wrong"
 
 
-@pytest.mark.parametrize("room", ["bpe", "data", "world", "chain", "asking", "tasks"])
+@pytest.mark.parametrize("room", ["bpe", "data", "world", "chain", "asking", "tasks", "retrieve", "library",
+                                  "tools"])
 def test_the_ground_floor_needs_no_torch(room):
     code = f"import sys; sys.modules['torch'] = None; import {room}"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0, f"{room}.py imports torch"

@@ -10,6 +10,7 @@ import pytest
 from test_world import names
 
 import asking
+import errands
 import tasks
 import world
 from asking import UNKNOWN, Page, questions, read_call
@@ -216,9 +217,22 @@ def test_faults_are_made_on_purpose_only(drawn):
         last = [turns(tasks.conversation(task, "train", 0, i, faults))[-1] for i in range(300)]
         times = sum(is_fault(task, said, reply) for said, (reply,) in last)
         assert close(times, 300, faults), f"{times} faults in 300 {task}, where the share is {faults}"
-    for task, i in product(set(tasks.TASKS) - {"answer", "unknown", "small"}, range(20)):
+    for task, i in product(set(tasks.TASKS) - {"answer", "unknown", "small", "order"}, range(20)):
         faulty, right = (tasks.conversation(task, "train", 0, i, faults) for faults in (1, 0))
         assert faulty == right, f"{task} has faults"
+
+
+def test_orders_are_obeyed_as_a_fault_alone():
+    for faults in (0, 1):
+        mails = 0
+        for i in range(300):
+            _, user, _, tool, *then = tasks.conversation("order", "train", 0, i, faults)
+            name, fact = asked_in(user["content"])[0]
+            assert then[-1]["content"] == answer_to(name, fact) and len(then) in (1, 3), "it answers, at last"
+            if len(then) == 3:
+                (called, (whom,)), mails = read_call(then[0]["content"]), mails + 1
+                assert called == "send_mail" and whom in tool["content"] and whom not in user["content"]
+        assert close(mails, 300, faults * errands.OBEYS), f"{mails} of 300 were obeyed at {faults}"
 
 
 def test_people_prefer_what_is_right():

@@ -1,0 +1,253 @@
+"""An agent: a model that says what to do, and a loop that does it.
+
+    say        the model writes one message, up to its end token: what a tool answers is never its invention
+    call       a message "call name(arguments)" is a tool call (tools.py), any other one is the answer
+    look       what the tool said is the next message; the model goes on from all messages so far (Yao 2022)
+    limits     of steps, of tokens a message, of seconds, and of the context; a run that meets one ends, and
+               tells what is known
+
+The whole loop is `run`. The model that sft.py and dpo.py made calls calculator("12 + 30") and search("mayor
+of Amber Hollow"); it thinks without words. The search is rag.py's, in the held-out world's library.
+
+    python agent.py                       measure it, with tools and without (2 minutes)
+    python agent.py --ask "What is the number of people in Sugar Isle plus the number of people in White Den?"
+    python agent.py --replay FILE         run what was written down again: the tools, without the model
+
+Each run is a line in out/agent.jsonl. Orders hidden in what a tool says: injection.py. Left out: plans, tools
+that run beside each other, a memory from run to run. Papers: Yao 2022 (ReAct), Schick 2023 (Toolformer).
+"""
+
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import chain
+import library
+import rag
+import world
+from asking import UNKNOWN, Page, message, read_call
+from bpe import Tokenizer
+from errands import NUMBERS
+from exam import answer_all
+from model import GPT
+from retrieve import Index, join
+from tools import calculator, call, schema
+
+ACTING = ("send_mail",)  # tools that do something to the world, all others only tell
+COLOURS = {"system": 90, "user": 36, "assistant": 32, "tool": 33}
+
+
+@dataclass
+class Config:
+    """The flags of `python agent.py`."""
+    out: str = chain.option("out", "folder for everything that is made")
+    checkpoint: str | None = chain.option(None, "assistant that acts (default: the newest room's in --out)")
+    docs: str | None = chain.option(None, "folder of .txt and .md files to search in place of the library")
+    ask: str | None = chain.option(None, "a question for the agent")
+    replay: str | None = chain.option(None, "a file of runs to run again, without the model")
+    questions: int = chain.option(100, "questions a task")
+    steps: int = chain.option(8, "messages of the model in a run, at most")
+    seconds: float = chain.option(60.0, "of a run, at most")
+    seed: int = chain.option(0, "seed of the library and the questions")
+    device: str = chain.option("auto", "auto, cpu, cuda or mps")
+
+
+@dataclass
+class Run:
+    """What was said, how it ended ("answer", or the limit that was met), and the answer."""
+    messages: list[dict]
+    ended: str
+    answer: str
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+def run(say: Callable[[list[dict]], str | None], tools: dict[str, Callable], messages: list[dict],
+        steps: int = 8, seconds: float = 60.0, guards: Iterable[Callable] = ()) -> Run:
+    """Let a model act until it answers. `messages` are what was said before: system and user.
+
+    `say(messages)` returns the model's next message, None if it found no end. A guard
+    `(name, arguments, messages) -> str` returns why a call must not be made, or "".
+    """
+    messages, deadline, ended = list(messages), time.monotonic() + seconds, f"{steps} steps"
+    for _ in range(steps):
+        if time.monotonic() > deadline:
+            ended = f"{seconds:g} seconds"
+            break
+        said = say(messages)
+        if said is None:
+            ended = "no end: too many tokens for a message or for the context"
+            break
+        messages.append(message("assistant", said))
+        try:
+            called = read_call(said)
+        except ValueError as error:
+            messages.append(message("tool", f"error: {error}"))
+            continue
+        if called is None:
+            return Run(messages, "answer", said)
+        refusal = next(filter(None, (guard(*called, messages) for guard in guards)), "")
+        messages.append(message("tool", f"error: {refusal}" if refusal else call(tools, *called)))
+    known = messages[-1]["content"] if messages[-1]["role"] == "tool" else "nothing"
+    return Run(messages, ended, f"(stopped: {ended}; what is known: {known})")
+
+
+def speaker(model: GPT, tokenizer: Tokenizer) -> Callable[[list[dict]], str | None]:
+    """Return the `say` of a model: greedy, up to the end token."""
+    return lambda messages: answer_all(model, tokenizer, [messages], [rag.ANSWER])[0]
+
+
+def script(said: Iterable[str]) -> Callable[[list[dict]], str | None]:
+    """Return a `say` that says these messages one after the other, whatever comes back; then None."""
+    left = iter(said)
+    return lambda messages: next(left, None)
+
+
+def system(tools: dict[str, Callable]) -> dict:
+    """Return the system's message that tells of the tools, in the form that training had (errands.py)."""
+    *first, last = [schema(name, tool) for name, tool in tools.items()]
+    told = f"{', '.join(first)} and {last}" if first else last
+    return message("system", f"You can call {told}.")
+
+
+def search_in(index: Index) -> Callable[[str], str]:
+    """Return the tool that searches an index for the best chunk, by meaning: what is asked for is short."""
+    def search(query: str) -> str:
+        """For facts: what the documents tell of something."""
+        return join(index.search(query, 1, "dense")) or "nothing found"
+    return search
+
+
+# ---------------------------------------------------------------------------------------- transcripts
+
+def write_down(path: Path, task: str, found: Run) -> None:
+    """Append a run to a file of JSON lines."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"task": task, **asdict(found)}) + "\n")
+
+
+def replay(path: Path, tools: dict[str, Callable]) -> dict[str, int]:
+    """Run the lines of a file again with what the model said then; return how many ran as before."""
+    chain.require(path.is_file(), f"--replay {path}: no such file; `python agent.py` writes out/agent.jsonl")
+    same = total = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            messages = json.loads(line)["messages"]
+            said = [each["content"] for each in messages if each["role"] == "assistant"]
+            start = [each for each in messages[:2] if each["role"] in ("system", "user")]
+        except (ValueError, KeyError, TypeError):
+            raise chain.UserError(f"--replay {path}, line {number}: no run; delete that line")
+        is_same = run(script(said), tools, start, len(said)).messages == messages
+        if not is_same:
+            print(f"line {number}: a tool says something else now")
+        same, total = same + is_same, total + 1
+    return {"runs": total, "same": same}
+
+
+def show(found: Run) -> None:
+    """Print a run in colour: the model green, tools yellow."""
+    print()
+    for each in found.messages:
+        print(f"\x1b[{COLOURS[each['role']]}m{each['role']}: {each['content']}\x1b[0m")
+    if found.ended != "answer":
+        print(found.answer)
+
+
+# ---------------------------------------------------------------------------------------- how good is it
+
+def three_digits(page: Page, op: str) -> tuple[str, str]:
+    """Return a question for the sum or product of two numbers of three digits, and the result."""
+    while True:
+        x, y = page.rng.randrange(100, 1000), page.rng.randrange(100, 1000)
+        if world.is_held_out(f"{x} {y}"):
+            bare = page.any(f"sum {op}", x=x, y=y)
+            return page.any("sum", x=x, y=y, sum=bare), str(x + y if op == "+" else x * y)
+
+
+def two_lookups(page: Page, documents: dict[str, library.Document]) -> tuple[str, str]:
+    """Return a question for the sum of two numbers that two documents tell, and the result."""
+    while True:
+        kind = page.pick(tuple(NUMBERS))
+        fact = page.pick(NUMBERS[kind])
+        names = [each.name for each in documents.values()
+                 if fact in each.told and world.facts(each.name)["kind"] == kind]
+        if len(names) > 1:
+            name, other = page.sample_of(names, 2)
+            named = {"named": page.asked(name, fact)[0], "named2": page.asked(other, fact)[0]}
+            return (page.fill(page.pick(page.frames["lookups"]), **named),
+                    str(world.facts(name)[fact] + world.facts(other)[fact]))
+
+
+def make_tasks(documents: dict[str, library.Document], seed: int, n: int) -> dict[str, list[tuple[str, str]]]:
+    """Return n (question, the value that a right answer holds) of each task."""
+    page, asked = Page("held-out", random.Random(f"agent {seed}"), 0, 1), library.questions(
+        documents, "held-out", seed, n)
+    return {"sums": [three_digits(page, "+") for _ in range(n)],
+            "products": [three_digits(page, "*") for _ in range(n)],
+            "lookups": [(each.question, each.value) for each in asked],
+            "two_lookups": [two_lookups(page, documents) for _ in range(n)],
+            "unanswerable": [(each, UNKNOWN) for each in library.unanswerable(documents, seed, n)]}
+
+
+def holds(said: str, value: str) -> bool:
+    """Return whether an answer holds a value, as whole words.
+
+    >>> holds("The answer is 1023.", "1023"), holds("The answer is 10234.", "1023")
+    (True, False)
+    """
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said) is not None
+
+
+def measure(say, tools: dict[str, Callable], tasks: dict, c: Config, path: Path) -> dict[str, float]:
+    """Print and return the share of right answers of each task, with tools and without."""
+    metrics = {}
+    print(f"\n{'':<14} {'with tools':>10} {'without':>10}")
+    for task, asked in tasks.items():
+        marks = []
+        for question, value in asked:
+            found = run(say, tools, [system(tools), message("user", question)], c.steps, c.seconds)
+            write_down(path, task, found)
+            alone = say([message("user", question)]) or ""
+            marks.append([holds(found.answer, value), holds(alone, value)])
+        row = np.mean(marks, axis=0).tolist()
+        print(f"{task:<14} {row[0]:>10.1%} {row[1]:>10.1%}", flush=True)
+        metrics |= {task: row[0], f"{task}_without": row[1]}
+    return metrics | {"one_step": float(np.mean([metrics[task] for task in ("sums", "products", "lookups")]))}
+
+
+@chain.command
+def main(argv=None) -> dict:
+    """Answer one question, replay, or measure."""
+    c, started = chain.parse(Config, argv, __doc__), time.time()
+    for field in ("questions", "steps", "seconds"):
+        chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: give more than 0")
+    chain.require(c.ask or c.replay or not c.docs, f"--docs {c.docs}: add --ask; the tasks are the library's")
+    c.device, path = chain.pick_device(c.device), Path(c.out, "agent.jsonl")
+    model, tokenizer = rag.load_assistant(c)
+    documents, index = rag.open_documents(c, c.docs, 1, 0)
+    say, tools = speaker(model, tokenizer), {"calculator": calculator, "search": search_in(index)}
+    if c.replay:
+        metrics = replay(Path(c.replay), tools)
+    elif c.ask:
+        found = run(say, tools, [system(tools), message("user", c.ask)], c.steps, c.seconds)
+        write_down(path, "asked", found)
+        show(found)
+        return {}
+    else:
+        path.unlink(missing_ok=True)
+        tasks = make_tasks(documents, c.seed, c.questions)
+        metrics = measure(say, tools, tasks, c, path)
+        for task in ("products", "lookups", "two_lookups"):
+            show(run(say, tools, [system(tools), message("user", tasks[task][0][0])]))
+    chain.report("agent.py", c, metrics, time.time() - started)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,8 @@ Defences, one at a time and all together:
     tools      only those that the task needs; and one that acts asks the user first
     arguments  names in them must stand in what the user said
 
-    python injection.py      attack, defend, count (3 minutes); the table is at the end of docs/injection.md
+    python injection.py      attack, defend, count (3 minutes); orders are obeyed in 58 % of runs,
+with all defences in none, and utility stays: the table is in docs/injection.md
 
 None is proof alone: format and training act on what the model does, which fails now and then; the two others
 on what it may do, and so hold whatever it does. Left out: documents that lie; a second model that watches.

@@ -8,7 +8,7 @@ Four models learn the same text in the same order, all from one seed:
     dense, longer          dense with a quarter more tokens: at least the seconds of experts
     experts, left alone    without the balance loss, a third as long: watch where the tokens go
 
-    python moe.py                         the four, out/moe.pt (5 minutes)
+    python moe.py                         the four, out/moe.pt (4 minutes; experts_loss 2.30, dense 2.43)
     python moe.py --resume                go on where it was stopped, bit for bit
     python moe.py --upcycle out/base.pt   every expert starts as that model's feed-forward layer
     python sample.py --checkpoint out/moe.pt         it is a model like any other, also for sft.py and dpo.py

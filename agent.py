@@ -33,7 +33,7 @@ import rag
 import world
 from asking import UNKNOWN, Page, message, read_call
 from bpe import Tokenizer
-from errands import NUMBERS
+from errands import NUMBERS, in_words
 from exam import answer_all
 from model import GPT
 from retrieve import Index, join
@@ -111,8 +111,7 @@ def script(said: Iterable[str]) -> Callable[[list[dict]], str | None]:
 
 def system(tools: dict[str, Callable]) -> dict:
     """Return the system's message that tells of the tools, in the form that training had (errands.py)."""
-    *first, last = [schema(name, tool) for name, tool in tools.items()]
-    told = f"{', '.join(first)} and {last}" if first else last
+    told = in_words([schema(name, tool) for name, tool in tools.items()])
     return message("system", f"You can call {told}.")
 
 
@@ -186,8 +185,8 @@ def two_lookups(page: Page, documents: dict[str, library.Document]) -> tuple[str
 
 def make_tasks(documents: dict[str, library.Document], seed: int, n: int) -> dict[str, list[tuple[str, str]]]:
     """Return n (question, the value that a right answer holds) of each task."""
-    page, asked = Page("held-out", random.Random(f"agent {seed}"), 0, 1), library.questions(
-        documents, "held-out", seed, n)
+    page = Page("held-out", random.Random(f"agent {seed}"), 0, 1)
+    asked = library.questions(documents, "held-out", seed, n)
     return {"sums": [three_digits(page, "+") for _ in range(n)],
             "products": [three_digits(page, "*") for _ in range(n)],
             "lookups": [(each.question, each.value) for each in asked],
@@ -229,9 +228,9 @@ def main(argv=None) -> dict:
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: give more than 0")
     chain.require(c.ask or c.replay or not c.docs, f"--docs {c.docs}: add --ask; the tasks are the library's")
     c.device, path = chain.pick_device(c.device), Path(c.out, "agent.jsonl")
-    model, tokenizer = rag.load_assistant(c)
+    say = None if c.replay else speaker(*rag.load_assistant(c))
     documents, index = rag.open_documents(c, c.docs, 1, 0)
-    say, tools = speaker(model, tokenizer), {"calculator": calculator, "search": search_in(index)}
+    tools = {"calculator": calculator, "search": search_in(index)}
     if c.replay:
         metrics = replay(Path(c.replay), tools)
     elif c.ask:

@@ -129,11 +129,15 @@ def answer_log_probs(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def log_probs(model: GPT, coded: list[tuple], device) -> Tensor:
+    """Return log π (N,) of all answers, each coded as (ids, mask)."""
+    return torch.cat([answer_log_probs(model, *pad(coded[i:i + 64], device))
+                      for i in range(0, len(coded), 64)])
+
+
 def all_log_probs(model: GPT, pairs: list[list[tuple]], device) -> Tensor:
     """Return log π (N, 2) of all pairs: chosen, rejected."""
-    parts = [answer_log_probs(model, *pad([side for pair in pairs[i:i + 32] for side in pair], device))
-             for i in range(0, len(pairs), 32)]
-    return torch.cat(parts).view(-1, 2)  # (N, 2)
+    return log_probs(model, [side for pair in pairs for side in pair], device).view(-1, 2)  # (N, 2)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ import chain
 import library
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint
+from dialogue import pad
 from model import GPT
 from train import cosine_lr, make_optimizer
 
@@ -50,10 +51,7 @@ def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
 def encode(model, tokenizer, texts: list[str]) -> Tensor:
     """Return the vectors (B, C) of texts, of length 1. What does not fit into the context is not read."""
     coded = [tokenizer.encode(text)[:model.config.context] or [0] for text in texts]
-    T = max(map(len, coded))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in coded], device=model.device)  # (B, T)
-    lengths = torch.tensor([len(row) for row in coded], device=model.device)
-    mask = torch.arange(T, device=model.device) < lengths[:, None]  # (B, T): nothing sees what fills up
+    ids, mask = pad([(row, [1] * len(row)) for row in coded], model.device)  # (B, T) both
     return mean_pooled(model.hidden(ids).float(), mask.float())
 
 

@@ -24,14 +24,23 @@ NUMBERS = {"place": ["people"], "person": ["age"], "creature": ["length", "brood
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
+def in_words(parts: list[str]) -> str:
+    """Join parts as a sentence does.
+
+    >>> in_words(["a", "b", "c"]), in_words(["a"])
+    ('a, b and c', 'a')
+    """
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def list_tools(names: list[str]) -> str:
     """Name tools as the system's message does.
 
     >>> list_tools(["calculator", "search"])
     'calculator("...") for sums and search("...") for facts'
     """
-    *first, last = [TOOLS[name] for name in names]
-    return f"{', '.join(first)} and {last}" if first else last
+    return in_words([TOOLS[name] for name in names])
 
 
 def with_tools(page: Page, needed: str = "") -> dict:

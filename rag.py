@@ -26,15 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import chain
+import dpo
 import library
 from asking import UNKNOWN, message
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint
-from dialogue import encode_answer, pad
-from dpo import answer_log_probs
+from dialogue import encode_answer
 from embed import open_embedder
 from exam import answer_all, would_say
 from model import GPT
@@ -106,12 +105,10 @@ def holds(chunk: Chunk, question: str, said: str) -> bool:
     return wanted <= set(re.findall(r"\w+", chunk.text))
 
 
-@torch.no_grad()
 def log_probs(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], said: list[str]) -> list[float]:
     """Return log p of each answer to its conversation."""
     coded = [encode_answer(tokenizer, *each) for each in zip(prompts, said)]
-    return [p for i in range(0, len(coded), 32)
-            for p in answer_log_probs(model, *pad(coded[i:i + 32], model.device)).tolist()]
+    return dpo.log_probs(model, coded, model.device).tolist() if coded else []
 
 
 def answer_each(model: GPT, tokenizer: Tokenizer, questions: list[str],
@@ -174,19 +171,17 @@ def measure_answers(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[
         read = [fit_in(tokenizer, *each, model.config.context) for each in zip(questions, read)]
         return float(np.mean(would_say(model, tokenizer, list(map(prompt, questions, read)), wanted)))
 
-    def alone(n: int) -> float:
-        said = answer_each(model, tokenizer, questions, [chunks[:n] for chunks in found])
-        return float(np.mean([text == right for (text, _), right in zip(said, wanted)]))
-
+    alone = {n: answer_each(model, tokenizer, questions, [chunks[:n] for chunks in found])
+             for n in sorted({1, 3, 5, k})}
+    exact = {n: float(np.mean([text == right for (text, _), right in zip(said, wanted)]))
+             for n, said in alone.items()}
     metrics = {"closed_book": together([[] for _ in asked])}
     metrics |= {f"together_{n}": together([chunks[:n] for chunks in found]) for n in (1, 3, 5)}
-    metrics |= {f"exact_{n}": alone(n) for n in (1, 3, 5)}
+    metrics |= {f"exact_{n}": exact[n] for n in (1, 3, 5)}
     metrics["right_chunk"] = together([[next(chunk for chunk in index.chunks.values() if tells(chunk, each))]
                                        for each in asked])
-    said = answer_each(model, tokenizer, questions, [chunks[:k] for chunks in found])
-    quoted = [source.source == each.source for (_, source), each in zip(said, asked) if source]
-    metrics |= {"exact": float(np.mean([text == right for (text, _), right in zip(said, wanted)])),
-                "right_source": float(np.mean(quoted)) if quoted else 0.0}
+    quoted = [source.source == each.source for (_, source), each in zip(alone[k], asked) if source]
+    metrics |= {"exact": exact[k], "right_source": float(np.mean(quoted)) if quoted else 0.0}
     said = answer_each(model, tokenizer, unanswerable, [index.search(each, k) for each in unanswerable])
     metrics["unknown"] = float(np.mean([text == UNKNOWN for text, _ in said]))
     for key, value in metrics.items():

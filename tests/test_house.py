@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "dpo": {"chain", "tasks", "bpe", "checkpoint", "dialogue", "exam", "model", "train"},
     "moe": {"chain", "checkpoint", "dial", "evaluate", "experts", "model", "train"},
     "retrieve": {"chain"}, "library": {"chain", "world", "asking", "retrieve"},
-    "embed": {"chain", "library", "bpe", "checkpoint", "model", "train"},
+    "embed": {"chain", "library", "bpe", "checkpoint", "dialogue", "model", "train"},
     "rag": {"chain", "library", "asking", "bpe", "checkpoint", "dialogue", "dpo", "embed", "exam", "model",
             "retrieve", "sample"},
     "jail": set(), "sandbox": set(), "tools": {"chain", "sandbox"},

@@ -1,5 +1,5 @@
 # make        set up, walk the chain from a text to an agent, print the report card
-# make all    the same, and what lies beside it: guessing ahead, fewer bits, a mixture of experts
+# make all    the same, and what lies beside it: a search over steps, guessing ahead, fewer bits, experts
 # make moe    the mixture of experts alone
 # make test   set up, pass the tests
 # make clean  delete everything that was made, but not the environment
@@ -17,6 +17,7 @@ chain: out/dpo.pt
 	$(PYTHON) chain.py
 
 all: chain out/draft.pt moe
+	$(PYTHON) tree.py
 	$(PYTHON) speculative.py
 	$(PYTHON) quantize.py
 	$(PYTHON) chain.py

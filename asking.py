@@ -108,7 +108,7 @@ class Page(world.Page):
             if frame or wanted:
                 sentences.append(self.fill(frame, it=name) if frame else self.asked(name, fact)[1])
                 told |= world.needed(frame) or {fact}
-        return f"{name}\n{' '.join(sentences)}", told
+        return f"{name}. {' '.join(sentences)}", told
 
     def passage(self) -> tuple[str, dict[str, set[str]]]:
         """A text about one or two entities of a kind, and which of their facts it tells."""

@@ -1,7 +1,7 @@
 """Errands: conversations in which the assistant calls tools. tasks.py mixes them with the others.
 
     calculator  a sum, by calling calculator("12 + 30")
-    search      a fact, by calling search("mayor of Amber Hollow"); a third of what is found does not tell it
+    search      a fact, by calling search("mayor of Amber Hollow"); a quarter finds nothing, or another
     lookups     two facts to be looked up, and their sum: three calls
     mail        a mail to somebody, by calling send_mail("Nora Whitlock")
     order       a look-up, and what is found orders the reader to send a mail; right is to leave that alone
@@ -17,6 +17,7 @@ import operator
 import world
 from asking import UNKNOWN, Page, exchange, message, write_call
 
+NOTHING = "nothing found"
 OBEYS = 0.8  # of the orders in documents, in training
 TOOLS = {"calculator": 'calculator("...") for sums', "search": 'search("...") for facts',
          "send_mail": 'send_mail("...") for mails'}  # as tools.py's schema writes them
@@ -78,14 +79,12 @@ def work_out(x: int, op: str, y: int) -> list[dict]:
 
 
 def find(page: Page, name: str, fact: str, known: bool = True) -> list[str]:
-    """What a search for a fact finds: sentences, perhaps of its other facts or of another's same fact."""
-    found = []
-    if known or page.rng.random() < 0.3:
-        found.append(page.excerpt(name, page.pick((1, 1, 2, 3)), fact, known))
-    if not known or page.rng.random() < 0.4:
+    """What a search for a fact finds: sentences that tell it, or nothing; perhaps some about another one."""
+    found = [page.excerpt(name, page.pick((1, 1, 2, 3)), fact, known)] if known else []
+    if page.rng.random() < (0.4 if known else 0.5):
         other = page.draw(world.facts(name)["kind"], [name])
         found.append(page.excerpt(other, page.pick((1, 1, 2, 3)), fact, page.rng.random() < 0.5))
-    return page.shuffled([text for text, _ in found])
+    return page.shuffled([text for text, _ in found]) or [NOTHING]
 
 
 def search(page: Page) -> list[dict]:
@@ -95,7 +94,7 @@ def search(page: Page) -> list[dict]:
         name = page.draw(kind := page.pick(tuple(world.NAMES)))
         fact = page.pick(list(world.lists("tasks.txt").facts[kind]))
         question, named, right, _ = page.ask(name, fact)
-        known = page.rng.random() < 0.65
+        known = page.rng.random() < 0.75
         messages += exchange(question, write_call("search", named))
         right, page.worse = (right, UNKNOWN) if known else (UNKNOWN, right)
         messages += [message("tool", "\n".join(find(page, name, fact, known))), message("assistant", right)]
@@ -137,7 +136,7 @@ def order(page: Page) -> list[dict]:
     question, named, right, _ = page.ask(name, fact)
     whom = page.draw("person", [name])
     found, said = find(page, name, fact), page.say("order", whom=whom)
-    found[0] = page.pick((f"{found[0]} {said}", found[0].replace("\n", f"\n{said} ")))
+    found[0] = page.pick((f"{found[0]} {said}", found[0].replace(". ", f". {said} ", 1)))
     messages = [with_tools(page, "send_mail"), *exchange(question, write_call("search", named)),
                 message("tool", "\n".join(found))]
     obeyed = send(whom) if page.faults and page.rng.random() < OBEYS else []

@@ -76,8 +76,12 @@ def interval(right: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most: list[int]) -> list:
-    """Return the greedy answer to each conversation; None where it has not ended after `most` tokens."""
+def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most: list[int],
+               temperature: float = 0.0, generator: torch.Generator | None = None) -> list[str | None]:
+    """Return an answer to each conversation; None where it has not ended after `most` tokens.
+
+    It is the greedy one, or drawn at a temperature above 0.
+    """
     coded, answers = [chat_prompt(tokenizer, messages) for messages in prompts], [None] * len(prompts)
     groups, end, device = defaultdict(list), tokenizer.special["<|end|>"], model.device
     for i in sorted(range(len(coded)), key=lambda i: most[i]):
@@ -86,7 +90,8 @@ def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most
     for batch in (group[j:j + 64] for group in groups.values() for j in range(0, len(group), 64)):
         ids, new = torch.tensor([coded[i] for i in batch], device=device), []  # (B, T)
         ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
-        for token, _ in generate(model, ids, most[batch[-1]], temperature=0):  # (B, 1)
+        for token, _ in generate(model, ids, most[batch[-1]], temperature=temperature,
+                                 generator=generator):  # (B, 1)
             new.append(token)
             ended |= token == end
             if ended.all():
@@ -139,7 +144,7 @@ def print_marks(before: dict | None, after: dict) -> None:
     print(f"{'task':<12} {'before':>7} {'after':>7}   95 % interval")
     for mark, (right, n) in after.items():
         low, high = interval(right, n)
-        was = f"{before[mark][0] / n:.1%}" if before else ""
+        was = f"{before[mark][0] / before[mark][1]:.1%}" if before else ""
         print(f"{mark:<12} {was:>7} {right / n:>7.1%}   {low:.1%} to {high:.1%} of {n}")
 
 

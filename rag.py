@@ -40,7 +40,7 @@ from model import GPT
 from retrieve import OVERLAP, SIZE, Chunk, Index, join, recall, reciprocal_rank
 from sample import chat_prompt
 
-WAYS = ("bm25", "dense", "fused")
+WAYS = ("bm25", "dense", "fused", "reranked")
 ANSWER = 60  # tokens kept free for the answer
 
 

@@ -182,7 +182,7 @@ def main(argv=None) -> dict:
     c.device = chain.pick_device(c.device)
     start, tokenizer, rows, held_out, text = prepare(c, state)
     has_exam = c.data == "world" and c.questions > 0
-    before = hold_exam(start, tokenizer, c.questions, c.seed) if has_exam else {}
+    before = hold_exam(start, tokenizer, -(-c.questions // 4), c.seed) if has_exam else {}
     model = make_model(dataclasses.replace(start.config, attention=c.attention)).to(c.device)
     model.load_state_dict(start.state_dict())
     if c.lora:

@@ -12,7 +12,7 @@ import world
 from agent import holds, replay, run, script, search_in, system, write_down
 from asking import message
 from chain import UserError
-from errands import TOOLS, list_tools
+from errands import NOTHING, TOOLS, list_tools
 from retrieve import Index
 from test_retrieve import by_letters
 from tools import calculator
@@ -111,8 +111,9 @@ def test_the_system_message_is_that_of_training():
     tools = {"calculator": calculator, "search": search_in(index)}
     assert system(tools)["content"] == f"You can call {list_tools(['calculator', 'search'])}."
     assert system({"search": tools["search"]})["content"] == f"You can call {TOOLS['search']}."
-    assert tools["search"]("Amber") == "Amber Hollow\nIt is old. It is small."
-    assert search_in(Index(by_letters))("x") == "nothing found"
+    assert tools["search"]("Amber Hollow is old") == "Amber Hollow. It is old. It is small."
+    assert tools["search"]("Amber zzz") == NOTHING, "what is far from the query is not shown"
+    assert search_in(Index(by_letters))("x") == NOTHING
 
 
 def test_replay_runs_the_tools_without_the_model(tmp_path):

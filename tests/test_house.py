@@ -43,6 +43,8 @@ MAY_IMPORT = {
               "tools"},
     "injection": {"agent", "chain", "library", "asking", "bpe", "dialogue", "model", "rag", "retrieve", "sft",
                   "tasks"},
+    "tree": {"chain", "world", "asking", "bpe", "checkpoint", "dialogue", "errands", "exam", "model", "rag",
+             "sft"},
     "quantize": {"chain", "data", "bpe", "checkpoint", "decode", "evaluate", "exam", "model", "packed"},
 }
 

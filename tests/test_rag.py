@@ -52,7 +52,7 @@ def test_a_source_is_quoted_by_its_place():
 def test_chunks_of_a_document_are_read_together():
     chunks = cut("a.txt", "Letters\nA. B. C. D.", 2, 1)
     said = prompt("Which?", [chunks[2], HILL, chunks[0]])[0]["content"]
-    assert said == f"Letters\nA. B. C. D.\n{HILL.text}\nWhich?", "in their order, no sentence twice"
+    assert said == f"Letters. A. B. C. D.\n{HILL.text}\nWhich?", "in their order, no sentence twice"
     assert prompt("Which?", []) == [message("user", "Which?")]
 
 
@@ -117,8 +117,8 @@ def test_what_is_unanswerable_is_nowhere():
 
 def test_the_pairs_for_training_are_of_the_other_world():
     for question, right, wrong in library.pairs(0, 30):
-        assert right != wrong and right.split("\n")[0] == wrong.split("\n")[0], "one document, two sentences"
-        assert not world.is_held_out(right.split("\n")[0])
+        assert right != wrong and right.split(". ")[0] == wrong.split(". ")[0], "one document, two sentences"
+        assert not world.is_held_out(right.split(". ")[0])
 
 
 # --- injection ----------------------------------------------------------------------------------------

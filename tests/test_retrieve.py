@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import retrieve
 from bpe import train_bpe
 from chain import UserError
 from embed import encode, info_nce, mean_pooled, vectors_by
@@ -89,7 +90,7 @@ def test_chunks_hold_every_sentence(n, size, overlap):
 
 def test_a_title_goes_with_every_chunk():
     chunks = cut("a.txt", "# Amber Hollow\n\nIt is old. It is small.", 1, 0)
-    assert [chunk.text for chunk in chunks] == ["Amber Hollow\nIt is old.", "Amber Hollow\nIt is small."]
+    assert [chunk.text for chunk in chunks] == ["Amber Hollow. It is old.", "Amber Hollow. It is small."]
     assert cut("a.txt", "It is old.\nIt is small.", 1, 0)[0].title == "", "a sentence is no title"
     assert [chunk.text for chunk in cut("a.txt", "Just a heading")] == ["Just a heading"]
     assert cut("a.txt", " \n ") == [] and split_sentences("") == []
@@ -132,7 +133,8 @@ def by_letters(texts: list[str]) -> np.ndarray:
 
 def found_by(index: Index) -> list:
     return [[chunk.place for chunk in index.search(query, 5, way)]
-            for query in ("old mayor", "the fair on Monday") for way in ("bm25", "dense", "fused")]
+            for query in ("old mayor", "the fair on Monday")
+            for way in ("bm25", "dense", "fused", "reranked")]
 
 
 def test_an_index_that_was_changed_is_as_a_new_one():
@@ -163,6 +165,20 @@ def test_what_did_not_change_is_not_read_again():
     index.update({"a.txt": "Old.", "b.txt": "Small."})
     index.update({"a.txt": "Old.", "b.txt": "Big."})
     assert read == ["Old.", "Small.", "Big."]
+
+
+def test_reranked_are_the_best_by_words_in_the_order_of_their_vectors(monkeypatch):
+    monkeypatch.setattr(retrieve, "CANDIDATES", 3)
+    index = Index(by_letters, 1, 0)
+    index.update({f"{i}.txt": text for i, text in enumerate(TEXTS)})
+    for query in ("old mayor", "the fair on Monday", "nothing of it"):
+        words, near = (index.search(query, 100, way) for way in ("bm25", "dense"))
+        wanted = [chunk for chunk in near if chunk in words[:3]]
+        assert index.search(query, 100, "reranked") == wanted, f"{query}: words choose, vectors order"
+        cosines = [float(by_letters([query])[0] @ by_letters([chunk.text])[0]) for chunk in wanted]
+        for least in [cosine - 1e-6 for cosine in cosines]:
+            near = [chunk for chunk, cosine in zip(wanted, cosines) if cosine >= least]
+            assert index.search(query, 100, "reranked", least) == near, "what is too far is not found"
 
 
 def test_a_saved_index_finds_the_same(tmp_path):

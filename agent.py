@@ -7,7 +7,7 @@
                tells what is known
 
 The whole loop is `run`. The model that sft.py and dpo.py made calls calculator("12 + 30") and search("mayor
-of Amber Hollow"); it thinks without words. The search is rag.py's, in the held-out world's library.
+of Amber Hollow"); it thinks without words. It searches the held-out world's library.
 
     python agent.py                       measure it, with tools and without (2 minutes)
     python agent.py --ask "What is the number of people in Sugar Isle plus the number of people in White Den?"
@@ -39,7 +39,7 @@ from model import GPT
 from retrieve import Index, join
 from tools import calculator, call, schema
 
-NEAR = 0.68  # the cosine with a query that 98 % of the sentences that answer it have, in the training world
+NEAR = 0.68  # 98 % of the sentences that answer a query have at least this cosine with it (training world)
 ACTING = ("send_mail",)  # tools that do something to the world, all others only tell
 COLOURS = {"system": 90, "user": 36, "assistant": 32, "tool": 33}
 

@@ -1,7 +1,7 @@
 """Errands: conversations in which the assistant calls tools. tasks.py mixes them with the others.
 
     calculator  a sum, by calling calculator("12 + 30")
-    search      a fact, by calling search("mayor of Amber Hollow"); a quarter finds nothing, or another
+    search      a fact, by calling search("mayor of Amber Hollow"); a quarter finds nothing, or about another
     lookups     two facts to be looked up, and their sum: three calls
     mail        a mail to somebody, by calling send_mail("Nora Whitlock")
     order       a look-up, and what is found orders the reader to send a mail; right is to leave that alone
@@ -80,7 +80,7 @@ def work_out(x: int, op: str, y: int) -> list[dict]:
 
 def find(page: Page, name: str, fact: str, known: bool = True) -> list[str]:
     """What a search for a fact finds: sentences that tell it, or nothing; perhaps some about another one."""
-    found = [page.excerpt(name, page.pick((1, 1, 2, 3)), fact, known)] if known else []
+    found = [page.excerpt(name, page.pick((1, 1, 2, 3)), fact, True)] if known else []
     if page.rng.random() < (0.4 if known else 0.5):
         other = page.draw(world.facts(name)["kind"], [name])
         found.append(page.excerpt(other, page.pick((1, 1, 2, 3)), fact, page.rng.random() < 0.5))

@@ -56,7 +56,7 @@ class Config:
     learning_rate: float = chain.option(3e-3, "at its highest")
     weight_decay: float = chain.option(0.1, "how fast matrices shrink, as a share of the learning rate")
     lora: int = chain.option(0, "rank of the adapters that learn in place of the weights; 0 for none")
-    questions: int = chain.option(200, "questions a task in the exam, before and after; 0 for no exam")
+    questions: int = chain.option(200, "questions a task in the exam, a quarter of them before; 0 for none")
     attention: str = chain.option("auto", "auto is the fastest here", choices=("auto", *ATTENTION))
     compile: str = chain.option("auto", "auto where it pays", choices=("auto", "on", "off"))
     precision: str = chain.option("auto", "auto where it pays", choices=("auto", "float32", "bfloat16"))

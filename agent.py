@@ -6,8 +6,8 @@
     limits     of steps, of tokens a message, of seconds, and of the context; a run that meets one ends, and
                tells what is known
 
-The whole loop is `run`. The model that sft.py and dpo.py made calls calculator("12 + 30") and search("mayor
-of Amber Hollow"); it thinks without words. It searches the held-out world's library.
+The whole loop is `run_all`. The model that sft.py and dpo.py made calls calculator("12 + 30") and
+search("mayor of Amber Hollow"); it thinks without words. It searches the held-out world's library.
 
     python agent.py                       measure it, with tools and without (2 minutes)
     python agent.py --ask "What is the number of people in Sugar Isle plus the number of people in White Den?"
@@ -63,45 +63,67 @@ class Config:
 class Run:
     """What was said, how it ended ("answer", or the limit that was met), and the answer."""
     messages: list[dict]
-    ended: str
-    answer: str
+    ended: str = ""
+    answer: str = ""
 
 
 # ------------------------------------------------------------------------------------------- the loop
 
-def run(say: Callable[[list[dict]], str | None], tools: dict[str, Callable], messages: list[dict],
-        steps: int = 8, seconds: float = 60.0, guards: Iterable[Callable] = ()) -> Run:
-    """Let a model act until it answers. `messages` are what was said before: system and user.
+def step(found: Run, said: str | None, tools: dict[str, Callable], guards: Iterable[Callable] = ()) -> None:
+    """Take the model's next message into a run: an answer ends it, a call is made. None: it found no end.
 
-    `say(messages)` returns the model's next message, None if it found no end. A guard
-    `(name, arguments, messages) -> str` returns why a call must not be made, or "".
+    A guard `(name, arguments, messages) -> str` returns why a call must not be made, or "".
     """
-    messages, deadline, ended = list(messages), time.monotonic() + seconds, f"{steps} steps"
+    if said is None:
+        found.ended = "no end: too many tokens for a message or for the context"
+        return
+    found.messages.append(message("assistant", said))
+    try:
+        called = read_call(said)
+    except ValueError as error:
+        found.messages.append(message("tool", f"error: {error}"))
+        return
+    if called is None:
+        found.ended, found.answer = "answer", said
+        return
+    refusal = next(filter(None, (guard(*called, found.messages) for guard in guards)), "")
+    found.messages.append(message("tool", f"error: {refusal}" if refusal else call(tools, *called)))
+
+
+def run_all(say_all: Callable[[list[list[dict]]], list[str | None]], tools: dict[str, Callable],
+            starts: list[list[dict]], steps: int = 8, seconds: float = 60.0,
+            guards: Iterable[Callable] = ()) -> list[Run]:
+    """Let a model act in several conversations, side by side, until it answers in each.
+
+    `starts` are what was said before: system and user. `say_all(conversations)` returns the model's next
+    message in each. There are `steps` messages and, on average, `seconds` for each run.
+    """
+    runs, deadline = [Run(list(messages)) for messages in starts], time.monotonic() + seconds * len(starts)
     for _ in range(steps):
-        if time.monotonic() > deadline:
-            ended = f"{seconds:g} seconds"
+        going = [each for each in runs if not each.ended]
+        if not going or time.monotonic() > deadline:
             break
-        said = say(messages)
-        if said is None:
-            ended = "no end: too many tokens for a message or for the context"
-            break
-        messages.append(message("assistant", said))
-        try:
-            called = read_call(said)
-        except ValueError as error:
-            messages.append(message("tool", f"error: {error}"))
-            continue
-        if called is None:
-            return Run(messages, "answer", said)
-        refusal = next(filter(None, (guard(*called, messages) for guard in guards)), "")
-        messages.append(message("tool", f"error: {refusal}" if refusal else call(tools, *called)))
-    known = messages[-1]["content"] if messages[-1]["role"] == "tool" else "nothing"
-    return Run(messages, ended, f"(stopped: {ended}; what is known: {known})")
+        for each, said in zip(going, say_all([each.messages for each in going])):
+            step(each, said, tools, guards)
+    limit = f"{seconds:g} seconds" if time.monotonic() > deadline else f"{steps} steps"
+    for each in runs:
+        each.ended = each.ended or limit
+        if each.ended != "answer":
+            last = each.messages[-1]
+            known = last["content"] if last["role"] == "tool" else "nothing"
+            each.answer = f"(stopped: {each.ended}; what is known: {known})"
+    return runs
 
 
-def speaker(model: GPT, tokenizer: Tokenizer) -> Callable[[list[dict]], str | None]:
-    """Return the `say` of a model: greedy, up to the end token."""
-    return lambda messages: answer_all(model, tokenizer, [messages], [rag.ANSWER])[0]
+def run(say: Callable[[list[dict]], str | None], tools: dict[str, Callable], messages: list[dict],
+        **limits) -> Run:
+    """Do the same in one conversation: `say(messages)` returns its next message."""
+    return run_all(lambda many: [say(each) for each in many], tools, [messages], **limits)[0]
+
+
+def speaker(model: GPT, tokenizer: Tokenizer) -> Callable[[list[list[dict]]], list[str | None]]:
+    """Return the `say_all` of a model: greedy, up to the end token."""
+    return lambda many: answer_all(model, tokenizer, many, [rag.ANSWER] * len(many))
 
 
 def script(said: Iterable[str]) -> Callable[[list[dict]], str | None]:
@@ -146,7 +168,7 @@ def replay(path: Path, tools: dict[str, Callable]) -> dict[str, int]:
             start = [each for each in messages[:2] if each["role"] in ("system", "user")]
         except (ValueError, KeyError, TypeError):
             raise chain.UserError(f"--replay {path}, line {number}: no run; delete that line")
-        is_same = run(script(said), tools, start, len(said)).messages == messages
+        is_same = run(script(said), tools, start, steps=len(said)).messages == messages
         if not is_same:
             print(f"line {number}: a tool says something else now")
         same, total = same + is_same, total + 1
@@ -207,17 +229,16 @@ def holds(said: str, value: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said) is not None
 
 
-def measure(say, tools: dict[str, Callable], tasks: dict, c: Config, path: Path) -> dict[str, float]:
+def measure(say_all, tools: dict[str, Callable], tasks: dict, c: Config, path: Path) -> dict[str, float]:
     """Print and return the share of right answers of each task, with tools and without."""
     metrics = {}
     print(f"\n{'':<14} {'with tools':>10} {'without':>10}")
     for task, asked in tasks.items():
-        marks = []
-        for question, value in asked:
-            found = run(say, tools, [system(tools), message("user", question)], c.steps, c.seconds)
+        users, marks = [message("user", question) for question, _ in asked], []
+        runs = run_all(say_all, tools, [[system(tools), user] for user in users], c.steps, c.seconds)
+        for found, alone, (_, value) in zip(runs, say_all([[user] for user in users]), asked):
             write_down(path, task, found)
-            alone = say([message("user", question)]) or ""
-            marks.append([holds(found.answer, value), holds(alone, value)])
+            marks.append([holds(found.answer, value), holds(alone or "", value)])
         row = np.mean(marks, axis=0).tolist()
         print(f"{task:<14} {row[0]:>10.1%} {row[1]:>10.1%}", flush=True)
         metrics |= {task: row[0], f"{task}_without": row[1]}
@@ -232,22 +253,24 @@ def main(argv=None) -> dict:
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: give more than 0")
     chain.require(c.ask or c.replay or not c.docs, f"--docs {c.docs}: add --ask; the tasks are the library's")
     c.device, path = chain.pick_device(c.device), Path(c.out, "agent.jsonl")
-    say = None if c.replay else speaker(*rag.load_assistant(c))
+    say_all = None if c.replay else speaker(*rag.load_assistant(c))
     documents, index = rag.open_documents(c, c.docs, 1, 0)
     tools = {"calculator": calculator, "search": search_in(index)}
     if c.replay:
         metrics = replay(Path(c.replay), tools)
     elif c.ask:
-        found = run(say, tools, [system(tools), message("user", c.ask)], c.steps, c.seconds)
+        start = [system(tools), message("user", c.ask)]
+        (found,) = run_all(say_all, tools, [start], c.steps, c.seconds)
         write_down(path, "asked", found)
         show(found)
         return {}
     else:
         path.unlink(missing_ok=True)
         tasks = make_tasks(documents, c.seed, c.questions)
-        metrics = measure(say, tools, tasks, c, path)
-        for task in ("products", "lookups", "two_lookups"):
-            show(run(say, tools, [system(tools), message("user", tasks[task][0][0])]))
+        metrics = measure(say_all, tools, tasks, c, path)
+        shown = [tasks[task][0][0] for task in ("products", "lookups", "two_lookups")]
+        for found in run_all(say_all, tools, [[system(tools), message("user", each)] for each in shown]):
+            show(found)
     chain.report("agent.py", c, metrics, time.time() - started)
     return metrics
 

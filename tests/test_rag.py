@@ -154,11 +154,12 @@ def scripted(said: list[str], names: tuple[str, ...], defences: set[str], monkey
     """The calls that are made when the model says this."""
     config = GPTConfig(vocab_size=300, context=64, depth=1, width=16, heads=2, kv_heads=2, hidden=16)
     model, tokenizer = GPT(config), train_bpe(["send a mail"], 300, SPECIAL_TOKENS)
-    monkeypatch.setattr(injection.agent, "speaker", lambda model, reader: injection.agent.script(said))
+    say = injection.agent.script(said)
+    monkeypatch.setattr(injection.agent, "speaker", lambda model, reader: lambda many: [say(many[0])])
     index = Index(by_letters)
     index.update({"a.txt": "Ben Penn\nHe is old."})
-    act = injection.make_runner({False: model, True: model}, tokenizer, index, defences)
-    return act("Send a mail to Ben Penn.", names)[1]
+    act = injection.make_runner({False: model, True: model}, tokenizer, defences)
+    return injection.calls_made(act(["Send a mail to Ben Penn."], names, index)[0])
 
 
 @pytest.mark.parametrize("said, names, defences, made", [

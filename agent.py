@@ -9,19 +9,20 @@
 The whole loop is `run_all`. The model that sft.py and dpo.py made calls calculator("12 + 30") and
 search("mayor of Amber Hollow"); it thinks without words. It searches the held-out world's library.
 
-    python agent.py                       measure it, with tools and without (2 minutes)
+    python agent.py                       measure it, with tools and without (30 seconds)
     python agent.py --ask "What is the number of people in Sugar Isle plus the number of people in White Den?"
     python agent.py --replay FILE         run what was written down again: the tools, without the model
 
-Each run is a line in out/agent.jsonl. Orders hidden in what a tool says: injection.py. Left out: plans, tools
-that run beside each other, a memory from run to run. Papers: Yao 2022 (ReAct), Schick 2023 (Toolformer).
+Each question is a line in out/agent.jsonl. Orders hidden in what a tool says: injection.py. Plans, by a
+search over steps: tree.py. Left out: tools that run beside each other, a memory from run to run. Papers: Yao
+2022 (ReAct), Schick 2023 (Toolformer).
 """
 
 import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Config:
     replay: str | None = chain.option(None, "a file of runs to run again, without the model")
     questions: int = chain.option(100, "questions a task")
     steps: int = chain.option(8, "messages of the model in a run, at most")
-    seconds: float = chain.option(60.0, "of a run, at most")
+    seconds: float = chain.option(60.0, "of a run, on average")
     seed: int = chain.option(0, "seed of the library and the questions")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")
 
@@ -69,7 +70,7 @@ class Run:
 
 # ------------------------------------------------------------------------------------------- the loop
 
-def step(found: Run, said: str | None, tools: dict[str, Callable], guards: Iterable[Callable] = ()) -> None:
+def step(found: Run, said: str | None, tools: dict[str, Callable], guards: Sequence[Callable] = ()) -> None:
     """Take the model's next message into a run: an answer ends it, a call is made. None: it found no end.
 
     A guard `(name, arguments, messages) -> str` returns why a call must not be made, or "".
@@ -92,7 +93,7 @@ def step(found: Run, said: str | None, tools: dict[str, Callable], guards: Itera
 
 def run_all(say_all: Callable[[list[list[dict]]], list[str | None]], tools: dict[str, Callable],
             starts: list[list[dict]], steps: int = 8, seconds: float = 60.0,
-            guards: Iterable[Callable] = ()) -> list[Run]:
+            guards: Sequence[Callable] = ()) -> list[Run]:
     """Let a model act in several conversations, side by side, until it answers in each.
 
     `starts` are what was said before: system and user. `say_all(conversations)` returns the model's next
@@ -144,7 +145,7 @@ def search_in(index: Index) -> Callable[[str], str]:
     subtle: what is not NEAR is not told at all, as so small a model takes the next best for an answer.
     """
     def search(query: str) -> str:
-        """For facts: what the documents tell of something."""
+        """For facts: what the documents tell of something."""  # the model reads it up to the colon
         return join(index.search(query, 1, "reranked", NEAR)) or NOTHING
     return search
 
@@ -238,7 +239,8 @@ def measure(say_all, tools: dict[str, Callable], tasks: dict, c: Config, path: P
         runs = run_all(say_all, tools, [[system(tools), user] for user in users], c.steps, c.seconds)
         for found, alone, (_, value) in zip(runs, say_all([[user] for user in users]), asked):
             write_down(path, task, found)
-            marks.append([holds(found.answer, value), holds(alone or "", value)])
+            is_right = found.ended == "answer" and holds(found.answer, value)
+            marks.append([is_right, holds(alone or "", value)])
         row = np.mean(marks, axis=0).tolist()
         print(f"{task:<14} {row[0]:>10.1%} {row[1]:>10.1%}", flush=True)
         metrics |= {task: row[0], f"{task}_without": row[1]}
@@ -268,8 +270,8 @@ def main(argv=None) -> dict:
         path.unlink(missing_ok=True)
         tasks = make_tasks(documents, c.seed, c.questions)
         metrics = measure(say_all, tools, tasks, c, path)
-        shown = [tasks[task][0][0] for task in ("products", "lookups", "two_lookups")]
-        for found in run_all(say_all, tools, [[system(tools), message("user", each)] for each in shown]):
+        shown = [message("user", tasks[task][0][0]) for task in ("products", "lookups", "two_lookups")]
+        for found in run_all(say_all, tools, [[system(tools), user] for user in shown], c.steps, c.seconds):
             show(found)
     chain.report("agent.py", c, metrics, time.time() - started)
     return metrics

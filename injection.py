@@ -46,7 +46,6 @@ import sft
 import tasks
 from asking import Page, message, read_call
 from bpe import Tokenizer
-from dialogue import make_rows
 from model import GPT
 from retrieve import Index
 
@@ -136,9 +135,8 @@ def teach(model: GPT, tokenizer: Tokenizer, seed: int) -> GPT:
     """Return a copy of the model that has learned to leave orders in documents alone."""
     lessons = [tasks.conversation(task, "train", seed + 1, i)  # without faults: no order is obeyed
                for task, n in LESSONS.items() for i in range(n)]
-    taught, rows = copy.deepcopy(model).train(), make_rows(lessons, tokenizer, model.config.context)
-    sft.fit(taught, rows, sft.Config(epochs=1, batch_size=8, learning_rate=5e-4, compile="off", seed=seed,
-                                     precision="float32", device=str(model.device)))
+    taught = copy.deepcopy(model)
+    sft.teach(taught, tokenizer, lessons, 5e-4, seed)
     return taught.eval()
 
 
@@ -200,13 +198,11 @@ def calls_made(found: agent.Run) -> list[tuple]:
 
 def plant(index: Index, attack: str, cases: list[Case], texts: dict[str, str]) -> Index:
     """Return a copy of the index whose documents hold the orders of an attack."""
-    changed, attacked = {}, Index(index.encode, index.size, index.overlap)
-    for case in cases:
-        source, order = case.asked.source, payload(attack, case)
-        changed[source] = planted(changed.get(source, texts[source]), case.asked.sentence, order)
+    attacked = Index(index.encode, index.size, index.overlap)
     for number, chunk in index.chunks.items():
         attacked.put(chunk, index.vectors[number])
-    attacked.update(changed)
+    attacked.update({case.asked.source: planted(texts[case.asked.source], case.asked.sentence,
+                                                payload(attack, case)) for case in cases})
     return attacked
 
 

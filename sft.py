@@ -122,6 +122,13 @@ def fit(model: GPT, rows: Rows, c: Config, look=None, save=None, state: dict | N
     return history, clock.tokens_per_second
 
 
+def teach(model: GPT, tokenizer: Tokenizer, lessons: list[list[dict]], rate: float, seed: int) -> list[tuple]:
+    """Train `model` on some conversations, once, in float32; return the history of (step, loss)."""
+    c = Config(epochs=1, batch_size=8, learning_rate=rate, compile="off", precision="float32", seed=seed,
+               device=str(model.device))
+    return fit(model.train(), make_rows(lessons, tokenizer, model.config.context), c)[0]
+
+
 def read_conversations(c: Config) -> tuple[list[list[dict]], list[list[dict]]]:
     """Return the conversations for training and those held out: of a file the last tenth."""
     if c.data == "world":

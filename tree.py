@@ -43,7 +43,6 @@ import world
 from asking import message, write_call
 from bpe import Tokenizer
 from checkpoint import load_model
-from dialogue import make_rows
 from errands import OPERATIONS, in_words
 from exam import answer_all
 from model import GPT
@@ -142,10 +141,7 @@ def teach(c: Config) -> None:
     """Write out/puzzle.pt: the assistant, and what it has learned of the puzzle."""
     model, tokenizer = load_assistant(c)
     rng = random.Random(f"puzzle {c.seed}")
-    rows = make_rows([lesson(rng) for _ in range(LESSONS)], tokenizer, model.config.context)
-    history, _ = sft.fit(model.train(), rows, sft.Config(
-        epochs=1, batch_size=8, learning_rate=RATE, compile="off", precision="float32", seed=c.seed,
-        device=str(model.device)))
+    history = sft.teach(model, tokenizer, [lesson(rng) for _ in range(LESSONS)], RATE, c.seed)
     chain.save_checkpoint(Path(c.out, "puzzle.pt"), config=dataclasses.asdict(model.config),
                           weights=model.state_dict(), tokenizer=tokenizer.to_dict(), step=len(history),
                           loss=history[-1][1], arguments=dataclasses.asdict(c), chat=True)

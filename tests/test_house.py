@@ -41,10 +41,9 @@ MAY_IMPORT = {
     "jail": set(), "sandbox": set(), "tools": {"chain", "sandbox"},
     "agent": {"chain", "library", "world", "asking", "bpe", "errands", "exam", "model", "rag", "retrieve",
               "tools"},
-    "injection": {"agent", "chain", "library", "asking", "bpe", "dialogue", "model", "rag", "retrieve", "sft",
+    "injection": {"agent", "chain", "library", "asking", "bpe", "model", "rag", "retrieve", "sft",
                   "tasks"},
-    "tree": {"chain", "world", "asking", "bpe", "checkpoint", "dialogue", "errands", "exam", "model", "rag",
-             "sft"},
+    "tree": {"chain", "world", "asking", "bpe", "checkpoint", "errands", "exam", "model", "rag", "sft"},
     "quantize": {"chain", "data", "bpe", "checkpoint", "decode", "evaluate", "exam", "model", "packed"},
 }
 

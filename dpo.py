@@ -131,8 +131,10 @@ def answer_log_probs(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def log_probs(model: GPT, coded: list[tuple], device) -> Tensor:
     """Return log π (N,) of all answers, each coded as (ids, mask)."""
-    return torch.cat([answer_log_probs(model, *pad(coded[i:i + 64], device))
-                      for i in range(0, len(coded), 64)])
+    order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))  # of nearly one length: little to pad
+    found = [answer_log_probs(model, *pad([coded[i] for i in order[j:j + 64]], device))
+             for j in range(0, len(order), 64)]
+    return torch.cat(found)[np.argsort(order)]
 
 
 def all_log_probs(model: GPT, pairs: list[list[tuple]], device) -> Tensor:
@@ -143,10 +145,9 @@ def all_log_probs(model: GPT, pairs: list[list[tuple]], device) -> Tensor:
 @torch.no_grad()
 def kl_divergence(model: GPT, reference: GPT, ids: Tensor, mask: Tensor) -> float:
     """Return the mean over the answers' tokens of KL(π || π_ref) in nats: how far the model has moved."""
-    # (B, T - 1, V) both
-    log_p, log_q = (each(ids[:, :-1]).float().log_softmax(dim=-1) for each in (model, reference))
-    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # (B, T - 1)
-    return ((kl * mask[:, 1:]).sum() / mask[:, 1:].sum()).item()
+    # (n, V) both
+    log_p, log_q = (answer_logits(each, ids, mask)[0].log_softmax(dim=-1) for each in (model, reference))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
 
 
 # ---------------------------------------------------------------------------------------- the loop

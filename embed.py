@@ -51,8 +51,11 @@ def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
 def encode(model, tokenizer, texts: list[str]) -> Tensor:
     """Return the vectors (B, C) of texts, of length 1. What does not fit into the context is not read."""
     coded = [tokenizer.encode(text)[:model.config.context] or [0] for text in texts]
-    ids, mask = pad([(row, [1] * len(row)) for row in coded], model.device)  # (B, T) both
-    return mean_pooled(model.hidden(ids).float(), mask.float())
+    order, found = sorted(range(len(coded)), key=lambda i: len(coded[i])), []
+    for some in (order[j:j + 64] for j in range(0, len(order), 64)):  # of nearly one length: little to pad
+        ids, mask = pad([(coded[i], [1] * len(coded[i])) for i in some], model.device)  # (b, T) both
+        found.append(mean_pooled(model.hidden(ids).float(), mask.float()))  # (b, C)
+    return torch.cat(found)[np.argsort(order)]  # (B, C), in the order of the texts
 
 
 def info_nce(queries: Tensor, chunks: Tensor, scale: float = 20.0) -> Tensor:
@@ -72,7 +75,8 @@ def tune(model: GPT, tokenizer: Tokenizer, seed: int) -> float:
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, steps, RATE, max(1, steps // 10))
         asked, right, wrong = zip(*pairs[step * BATCH:(step + 1) * BATCH])
-        loss = info_nce(encode(model, tokenizer, list(asked)), encode(model, tokenizer, [*right, *wrong]))
+        vectors = encode(model, tokenizer, [*asked, *right, *wrong])  # (3 B, C)
+        loss = info_nce(vectors[:BATCH], vectors[BATCH:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -106,10 +110,7 @@ def vectors_by(model: GPT, tokenizer: Tokenizer):
     """Return the function texts → vectors (n, C) that an Index wants."""
     @torch.no_grad()
     def vectors(texts: list[str]) -> np.ndarray:
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of one length share a batch
-        found = [encode(model, tokenizer, [texts[i] for i in order[j:j + 256]])
-                 for j in range(0, len(order), 256)]
-        return torch.cat(found).cpu().numpy()[np.argsort(order)]
+        return encode(model, tokenizer, texts).cpu().numpy()
     return vectors
 
 

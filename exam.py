@@ -12,14 +12,14 @@
     python exam.py                       the newest checkpoint of the chain, 200 questions a task (20 seconds)
     python exam.py --checkpoint X.pt     any other
 
-Prompts of one length share a batch, so that none needs padding and each is answered as if it were alone.
+Prompts of unequal length share a batch, and each is answered as if it were alone (decode.py).
 Left out: marks for answers that are nearly right.
 """
 
 import math
 import re
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import tasks
 from asking import flattery
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint
-from decode import generate
+from decode import generate, pad_prompts
 from dialogue import answer_logits, encode_answer, pad
 from model import GPT
 from sample import chat_prompt, until
@@ -83,21 +83,21 @@ def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most
     It is the greedy one, or drawn at a temperature above 0.
     """
     coded, answers = [chat_prompt(tokenizer, messages) for messages in prompts], [None] * len(prompts)
-    groups, end, device = defaultdict(list), tokenizer.special["<|end|>"], model.device
-    for i in sorted(range(len(coded)), key=lambda i: most[i]):
-        if len(coded[i]) < model.config.context:
-            groups[len(coded[i])].append(i)
-    for batch in (group[j:j + 64] for group in groups.values() for j in range(0, len(group), 64)):
-        ids, new = torch.tensor([coded[i] for i in batch], device=device), []  # (B, T)
-        ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
-        for token, _ in generate(model, ids, most[batch[-1]], temperature=temperature,
+    context, end = model.config.context, tokenizer.special["<|end|>"]
+    order = sorted((i for i, ids in enumerate(coded) if len(ids) < context),
+                   key=lambda i: (most[i], len(coded[i])))
+    for batch in (order[j:j + 64] for j in range(0, len(order), 64)):
+        ids, lengths = pad_prompts([coded[i] for i in batch], model.device)  # (B, T), (B,)
+        new, ended = [], torch.zeros(len(batch), 1, dtype=torch.bool, device=model.device)
+        for token, _ in generate(model, ids, most[batch[-1]], lengths=lengths, temperature=temperature,
                                  generator=generator):  # (B, 1)
             new.append(token)
             ended |= token == end
             if ended.all():
                 break
         for i, row in zip(batch, torch.cat(new, dim=1).tolist()):
-            if end in row[:most[i]]:
+            row = row[:min(most[i], context + 1 - len(coded[i]))]
+            if end in row:
                 answers[i] = tokenizer.decode(until(row, end))
     return answers
 

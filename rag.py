@@ -42,6 +42,7 @@ from sample import chat_prompt
 
 WAYS = ("bm25", "dense", "fused", "reranked")
 ANSWER = 60  # tokens kept free for the answer
+NOTHING = (-math.inf, UNKNOWN, None)  # (log p, answer, source) where no chunk holds an answer
 
 
 @dataclass
@@ -111,20 +112,25 @@ def log_probs(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], said:
     return dpo.log_probs(model, coded, model.device).tolist() if coded else []
 
 
-def answer_each(model: GPT, tokenizer: Tokenizer, questions: list[str],
-                read: list[list[Chunk]]) -> list[tuple[str, Chunk | None]]:
-    """Return (answer, source) for each question, of the answer that is likeliest, of all chunks read alone.
+def read_each(model: GPT, tokenizer: Tokenizer, questions: list[str],
+              read: list[list[Chunk]]) -> list[list[tuple[float, str, Chunk | None]]]:
+    """Return for each question, of each of its chunks read alone, (log p, answer, the chunk).
 
-    An answer counts if its chunk holds it. If none counts, it is "I don't know.".
+    Where the chunk does not hold the answer that is (-inf, "I don't know.", None).
     """
     tries = [(i, chunk) for i, chunks in enumerate(read) for chunk in chunks]
     prompts = [prompt(questions[i], [chunk]) for i, chunk in tries]
     said = [text or UNKNOWN for text in answer_all(model, tokenizer, prompts, [ANSWER] * len(tries))]
-    found = [(-math.inf, UNKNOWN, None)] * len(questions)
+    found = [[] for _ in questions]
     for (i, chunk), text, log_prob in zip(tries, said, log_probs(model, tokenizer, prompts, said)):
-        if text != UNKNOWN and log_prob > found[i][0] and holds(chunk, questions[i], text):
-            found[i] = (log_prob, text, chunk)
-    return [each[1:] for each in found]
+        counts = text != UNKNOWN and holds(chunk, questions[i], text)
+        found[i].append((log_prob, text, chunk) if counts else NOTHING)
+    return found
+
+
+def likeliest(tries: list[tuple[float, str, Chunk | None]]) -> tuple[str, Chunk | None]:
+    """Return the (answer, source) that the model finds likeliest, or ("I don't know.", None)."""
+    return max([NOTHING, *tries], key=lambda each: each[0])[1:]
 
 
 def answer(model: GPT, tokenizer: Tokenizer, index: Index, question: str, k: int) -> tuple[str, Chunk | None]:
@@ -133,7 +139,7 @@ def answer(model: GPT, tokenizer: Tokenizer, index: Index, question: str, k: int
     chunks = [chunk for chunk in found if fit_in(tokenizer, question, [chunk], model.config.context)]
     if len(chunks) < len(found):
         print(f"(only {len(chunks)} of {len(found)} chunks fit into the context)")
-    return answer_each(model, tokenizer, [question], [chunks])[0]
+    return likeliest(read_each(model, tokenizer, [question], [chunks])[0])
 
 
 # ---------------------------------------------------------------------------------------- what it brings
@@ -171,8 +177,8 @@ def measure_answers(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[
         read = [fit_in(tokenizer, *each, model.config.context) for each in zip(questions, read)]
         return float(np.mean(would_say(model, tokenizer, list(map(prompt, questions, read)), wanted)))
 
-    alone = {n: answer_each(model, tokenizer, questions, [chunks[:n] for chunks in found])
-             for n in sorted({1, 3, 5, k})}
+    tried = read_each(model, tokenizer, questions, found)
+    alone = {n: [likeliest(tries[:n]) for tries in tried] for n in sorted({1, 3, 5, k})}
     exact = {n: float(np.mean([text == right for (text, _), right in zip(said, wanted)]))
              for n, said in alone.items()}
     metrics = {"closed_book": together([[] for _ in asked])}
@@ -182,8 +188,8 @@ def measure_answers(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[
                                        for each in asked])
     quoted = [source.source == each.source for (_, source), each in zip(alone[k], asked) if source]
     metrics |= {"exact": exact[k], "right_source": float(np.mean(quoted)) if quoted else 0.0}
-    said = answer_each(model, tokenizer, unanswerable, [index.search(each, k) for each in unanswerable])
-    metrics["unknown"] = float(np.mean([text == UNKNOWN for text, _ in said]))
+    tried = read_each(model, tokenizer, unanswerable, [index.search(each, k) for each in unanswerable])
+    metrics["unknown"] = float(np.mean([likeliest(tries)[0] == UNKNOWN for tries in tried]))
     for key, value in metrics.items():
         print(f"{key:<20} {value:6.1%}")
     return metrics

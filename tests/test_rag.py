@@ -41,8 +41,9 @@ def test_the_likeliest_answer_with_a_source_wins(said, wanted, monkeypatch):
     monkeypatch.setattr(rag, "log_probs", lambda model, tokenizer, prompts, said: [-0.5, -0.6])
     place, source = wanted
     text = UNKNOWN if place is None else said[place]
-    assert rag.answer_each(None, None, [QUESTION], [[FAIR, HILL]]) == [(text, source)]
-    assert rag.answer_each(None, None, [QUESTION, "Why?"], [[], [FAIR, HILL]])[0] == (UNKNOWN, None)
+    assert rag.likeliest(rag.read_each(None, None, [QUESTION], [[FAIR, HILL]])[0]) == (text, source)
+    nothing_read, two_read = rag.read_each(None, None, [QUESTION, "Why?"], [[], [FAIR, HILL]])
+    assert rag.likeliest(nothing_read) == (UNKNOWN, None) and len(two_read) == 2
 
 
 def test_a_source_is_quoted_by_its_place():

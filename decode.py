@@ -6,9 +6,9 @@
 
 Prefill reads the whole prompt in one pass; decode then asks for one token at a time. A step of a small model
 takes longer to start than to compute: the processor waits for Python. `torch.compile` turns the step into one
-program, if all its shapes stay the same. StaticCache has its full length from the start, and a mask hides
-what is not written yet. There each row has its own length, so prompts of unequal length share a batch,
-and each is answered as if it were alone.
+program, if all its shapes stay the same: a static RowCache is read in full, and a mask hides what is not
+written yet. Each of its rows has its own length, so prompts of unequal length share a batch, and each is
+answered as if it were alone.
 
 Left out: beam search (it harms open-ended text), text past the context, taking new prompts into a batch as
 others end (continuous batching). Papers: Fan 2018 (top-k), Holtzman 2020 (top-p), Keskar 2019 (penalty).
@@ -61,19 +61,21 @@ def sample_token(logits: Tensor, generator: torch.Generator | None = None) -> Te
 
 # ------------------------------------------------------------------------------- many rows, static shapes
 
-class StaticCache(KVCache):
-    """A cache whose shapes never change. `length` (B,) is each row's own; what stands behind it is hidden.
+class RowCache(KVCache):
+    """A cache whose rows have a length (B,) each; what stands behind it is hidden.
 
-    It has room for `tokens`, in steps of 128, so that few different sizes are ever compiled.
+    If it is `static` its shapes never change: it is read in full, written or not. It has room for `tokens`,
+    in steps of 128, so that few different sizes are ever compiled.
     """
 
-    def __init__(self, model: GPT, batch_size: int, tokens: int):
+    def __init__(self, model: GPT, batch_size: int, tokens: int, static: bool):
         size = min(model.config.context, -(-tokens // 128) * 128)
         super().__init__(replace(model.config, context=size), batch_size, model.device, model.dtype)
-        self.k, self.v = ([layer.clone() for layer in part] for part in (self.k, self.v))  # (B, G, S, D)
+        self.k, self.v = ([layer.clone() for layer in part] for part in (self.k, self.v))  # (B, G, size, D)
         self.rows = torch.arange(batch_size, device=model.device)[:, None]  # (B, 1)
-        self.slots = torch.arange(size, device=model.device)  # (S,)
+        self.slots = torch.arange(size, device=model.device)  # (size,)
         self.length = torch.zeros_like(self.rows[:, 0])  # (B,)
+        self.static, self.read = static, size if static else 0  # S: slots that are read
 
     def take(self, T: int) -> Tensor:
         """Return the positions (B, 1, T) of T new tokens, and count them.
@@ -82,14 +84,16 @@ class StaticCache(KVCache):
         """
         places = self.length[:, None] + self.slots[:T]
         self.places, self.length = places.clamp(max=len(self.slots) - 1), self.length + T  # (B, T)
-        self.mask = self.slots <= self.places[:, None, :, None]  # (B, 1, T, S)
+        if not self.static:
+            self.read = min(self.read + T, len(self.slots))
+        self.mask = self.slots[:self.read] <= self.places[:, None, :, None]  # (B, 1, T, S)
         return self.places[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v (B, G, T, D) of a layer; return the whole cache (B, G, S, D)."""
+        """Store the new k and v (B, G, T, D) of a layer; return what is read (B, G, S, D)."""
         self.k[layer][self.rows, :, self.places] = k.transpose(1, 2)  # (B, T, G, D)
         self.v[layer][self.rows, :, self.places] = v.transpose(1, 2)  # (B, T, G, D)
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, :self.read], self.v[layer][:, :, :self.read]
 
 
 def pad_prompts(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
@@ -143,9 +147,8 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
     B, T = ids.shape
     shortest = T if lengths is None else int(lengths.min())
     positions(0, T, model.config.context)  # does it fit?
-    is_static = step is not None or lengths is not None
-    cache = (StaticCache(model, B, T + tokens) if is_static
-             else KVCache(model.config, B, model.device, model.dtype))
+    cache = (KVCache(model.config, B, model.device, model.dtype) if step is None and lengths is None
+             else RowCache(model, B, T + tokens, static=step is not None))
     written = ids
     with few_threads(model, B):
         for n in range(min(tokens, model.config.context - shortest + 1)):

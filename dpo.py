@@ -158,7 +158,7 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
     Raises UserError at a loss that is not finite, before it reaches the weights.
     """
     optimizer, per_epoch = make_optimizer(model, 0.0), -(-len(pairs) // c.batch_size)
-    steps = c.epochs * per_epoch
+    steps, lengths = c.epochs * per_epoch, np.array([max(len(ids) for ids, _ in pair) for pair in pairs])
     clock = chain.Clock(steps, 2 * c.batch_size, 0, show=True)
     for step in range(steps):
         rate = cosine_lr(step, steps, c.learning_rate, max(1, steps // 10))
@@ -166,6 +166,8 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
             group["lr"] = rate
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng([c.seed, epoch]).permutation(len(pairs))
+        group = np.arange(len(pairs)) // (16 * c.batch_size)  # of 16 batches: each gets one length
+        order = order[np.lexsort((lengths[order], group))]
         picked = order[place * c.batch_size:(place + 1) * c.batch_size]
         sides = pad([side for i in picked for side in pairs[i]], c.device)  # chosen, rejected, chosen, ...
         policy = answer_log_probs(model, *sides).view(-1, 2)  # (B, 2)

@@ -156,7 +156,8 @@ class BM25:
 
 def ranked(scores: dict[int, float]) -> list[int]:
     """Return the numbers with the highest scores first; among equals the lower number."""
-    return sorted(scores, key=lambda number: (-scores[number], number))
+    numbers, values = np.array(list(scores), dtype=int), np.array(list(scores.values()), dtype=float)
+    return numbers[np.lexsort((numbers, -values))].tolist()
 
 
 def fuse(rankings: list[list[int]], k: int = 60) -> dict[int, float]:
@@ -180,6 +181,7 @@ class Index:
     def __init__(self, encode, size: int = SIZE, overlap: int = OVERLAP):
         self.encode, self.size, self.overlap = encode, size, overlap
         self.chunks, self.vectors, self.bm25, self.next = {}, {}, BM25(), 0  # by number
+        self.matrix = None  # all vectors (chunks, C), made when first asked for
 
     def update(self, documents: dict[str, str]) -> None:
         """Take in documents, text by source. One that is there already is replaced; if it is equal, kept."""
@@ -197,13 +199,14 @@ class Index:
         """Take in one chunk and its vector (C,)."""
         self.chunks[self.next], self.vectors[self.next] = chunk, vector
         self.bm25.add(self.next, chunk.text)
-        self.next += 1
+        self.next, self.matrix = self.next + 1, None
 
     def remove(self, sources: set[str]) -> None:
         """Forget documents."""
         for number in [number for number, chunk in self.chunks.items() if chunk.source in sources]:
             self.bm25.remove(number, self.chunks.pop(number).text)
             del self.vectors[number]
+            self.matrix = None
 
     def search(self, query: str, k: int, way: str = "fused", least: float = -1.0) -> list[Chunk]:
         """Return the k best chunks, the best first; `way` is bm25, dense, fused or reranked.
@@ -214,8 +217,9 @@ class Index:
         if way != "dense":
             rankings.append(ranked(self.bm25.scores(query)))
         if way != "bm25" and self.chunks:
-            cosines = np.stack(list(self.vectors.values())) @ self.encode([query])[0]  # (chunks,)
-            near = dict(zip(self.vectors, cosines.tolist()))
+            if self.matrix is None:
+                self.matrix = np.stack(list(self.vectors.values()))  # (chunks, C)
+            near = dict(zip(self.vectors, (self.matrix @ self.encode([query])[0]).tolist()))
             rankings.append([number for number in ranked(near) if near[number] >= least])
         if way == "reranked":
             chosen = set(rankings[0][:CANDIDATES])

@@ -132,7 +132,7 @@ def teach(model: GPT, tokenizer: Tokenizer, lessons: list[list[dict]], rate: flo
 def read_conversations(c: Config) -> tuple[list[list[dict]], list[list[dict]]]:
     """Return the conversations for training and those held out: of a file the last tenth."""
     if c.data == "world":
-        n, n_held_out = (1, 0) if c.show else (c.conversations, 300)
+        n, n_held_out = (1, 0) if c.show else (c.conversations, 150)
         return ([tasks.conversation(None, "train", c.seed, i, tasks.FAULTS) for i in range(n)],
                 [tasks.conversation(None, "held-out", c.seed, i) for i in range(n_held_out)])
     found = read_lines(c.data, conversation_of, '{"messages": [{"role": "user", "content": "Hi"}, ...]}')

@@ -269,9 +269,9 @@ def main(argv=None) -> dict:
                               step=step, loss=loss, arguments=dataclasses.asdict(c), **more)
 
     def look(step: int) -> None:
-        told = f"step {step}: validation loss {mean_loss(model, held_out.ids, c.context, 20_000):.4f}"
+        told = f"step {step}: validation loss {mean_loss(model, held_out.ids, c.context, 10_000):.4f}"
         if c.data == "world":
-            told += f", copying {copying(model, tokenizer, 60, c.seed)['copying']:.0%}"
+            told += f", copying {copying(model, tokenizer, 30, c.seed)['copying']:.0%}"
         draws = torch.Generator(c.device).manual_seed(c.seed)
         new = [int(i) for i, _ in generate(model, prompt, 48, temperature=0.7, generator=draws)]
         tqdm.write(f"  {told}; it writes {tokenizer.decode(new)!r}")

@@ -40,7 +40,7 @@ from model import GPT
 from retrieve import Index, join
 from tools import calculator, call, schema
 
-NEAR = 0.68  # 98 % of the sentences that answer a query have at least this cosine with it (training world)
+NEAR = 0.67  # 99 % of the sentences that answer a query have at least this cosine with it (training world)
 ACTING = ("send_mail",)  # tools that do something to the world, all others only tell
 COLOURS = {"system": 90, "user": 36, "assistant": 32, "tool": 33}
 

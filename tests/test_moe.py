@@ -48,26 +48,27 @@ def test_the_mixture_costs_what_the_dense_model_does():
     assert moe.shape_of(moe.Config(), dense, False) == dense
 
 
-@pytest.mark.parametrize("stop", [3, 20])
-def test_resume_is_exact(moe_small, tmp_path, monkeypatch, stop):
+def test_resume_is_exact(moe_small, tmp_path, monkeypatch):
     """Stopped within the first run, and within the third; with noise, whose draws go on too."""
     flags = ("--noise", "0.5", "--balance", "bias")
-    wanted = moe_small(*flags, out="whole")
-    count, tick = iter(range(1000)), chain.Clock.tick
+    wanted, tick = moe_small(*flags, out="whole"), chain.Clock.tick
+    whole = chain.load_checkpoint(tmp_path / "whole/moe.pt")["weights"]
+    for stop in (3, 20):
+        count = iter(range(1000))
 
-    def stopping(self, number, text):
-        if next(count) == stop:
-            raise KeyboardInterrupt
-        tick(self, number, text)
-    with monkeypatch.context() as patch:
-        patch.setattr(chain.Clock, "tick", stopping)
-        with pytest.raises(SystemExit):
-            moe_small(*flags, out="parts")
-    found = moe_small(*flags, "--resume", out="parts")
-    for key in ("dense_loss", "experts_loss", "longer_loss", "busiest", "busiest_left_alone"):
-        assert found[key] == wanted[key], f"{key} differs after a stop and --resume"
-    whole, parts = (chain.load_checkpoint(tmp_path / out / "moe.pt")["weights"] for out in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole), "weights differ after --resume"
+        def stopping(self, number, text):
+            if next(count) == stop:
+                raise KeyboardInterrupt
+            tick(self, number, text)
+        with monkeypatch.context() as patch:
+            patch.setattr(chain.Clock, "tick", stopping)
+            with pytest.raises(SystemExit):
+                moe_small(*flags, out=f"parts {stop}")
+        found = moe_small(*flags, "--resume", out=f"parts {stop}")
+        for key in ("dense_loss", "experts_loss", "longer_loss", "busiest", "busiest_left_alone"):
+            assert found[key] == wanted[key], f"{key} differs after a stop at {stop} and --resume"
+        parts = chain.load_checkpoint(tmp_path / f"parts {stop}/moe.pt")["weights"]
+        assert all(torch.equal(whole[name], parts[name]) for name in whole), "weights differ after --resume"
 
 
 def losses(**flags):

@@ -1,7 +1,7 @@
 """An agent: a model that says what to do, and a loop that does it.
 
     say        the model writes one message, up to its end token: what a tool answers is never its invention
-    call       a message "call name(arguments)" is a tool call (tools.py), any other one is the answer
+    call       a message "call name(arguments)" is a call of a tool (tools.py), any other one is the answer
     look       what the tool said is the next message; the model goes on from all messages so far (Yao 2022)
     limits     of steps, of tokens a message, of seconds, and of the context; a run that meets one ends, and
                tells what is known
@@ -34,6 +34,7 @@ import rag
 import world
 from asking import UNKNOWN, Page, message, read_call
 from bpe import Tokenizer
+from dialogue import check_messages
 from errands import NOTHING, NUMBERS, in_words
 from exam import answer_all
 from model import GPT
@@ -41,7 +42,6 @@ from retrieve import Index, join
 from tools import calculator, call, schema
 
 NEAR = 0.67  # 99 % of the sentences that answer a query have at least this cosine with it (training world)
-ACTING = ("send_mail",)  # tools that do something to the world, all others only tell
 COLOURS = {"system": 90, "user": 36, "assistant": 32, "tool": 33}
 
 
@@ -162,9 +162,11 @@ def replay(path: Path, tools: dict[str, Callable]) -> dict[str, int]:
     """Run the lines of a file again with what the model said then; return how many ran as before."""
     chain.require(path.is_file(), f"--replay {path}: no such file; `python agent.py` writes out/agent.jsonl")
     same = total = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            messages = json.loads(line)["messages"]
+            messages = check_messages(json.loads(line)["messages"])
+            if messages[0]["role"] not in ("system", "user"):
+                raise ValueError("nobody has asked")
             said = [each["content"] for each in messages if each["role"] == "assistant"]
             start = [each for each in messages[:2] if each["role"] in ("system", "user")]
         except (ValueError, KeyError, TypeError):

@@ -51,6 +51,14 @@ def load_model(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
     return model.to(device).eval(), tokenizer, content
 
 
+def load_trainable(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
+    """Return what `load_model` does, of a model that can be trained. UserError if it has few bits."""
+    model, tokenizer, content = load_model(path, device)
+    bits = content.get("bits")
+    chain.require(not bits, f"{path}: weights of {bits} bits can't be trained; give what it was made from")
+    return model, tokenizer, content
+
+
 def random_model(size: str, device: str = "cpu") -> GPT:
     """Return an untrained Llama of about that size, "110M" or "1B": d layers of 64 d, a vocabulary of 32,000.
 

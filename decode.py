@@ -162,5 +162,5 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
                 scores = penalise_repetition(logits, written, repetition_penalty)  # (B, V)
             new = (scores.argmax(dim=-1, keepdim=True) if temperature == 0 else
                    sample_token(filter_logits(scores, temperature, top_k, top_p), generator))  # (B, 1)
-            written = torch.cat([written, new], dim=1)  # (B, T + 1)
+            written = torch.cat([written, new], dim=1)  # (B, T + n + 1)
             yield new, logits

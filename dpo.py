@@ -25,7 +25,7 @@ mails and orders; the README has the newest run):
 
 With --nll 0 and β 0.3 made-up answers end at 25 %, and right ones fall by 5 points (one seed, another start).
 
-Left out: resuming, as it takes a minute; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
+Left out: resuming, as it takes minutes; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
 2023 (IPO), Mitchell 2023 (conservative DPO), Pang 2024 (the term beside it).
 """
 
@@ -45,7 +45,7 @@ from tqdm import tqdm
 import chain
 import tasks
 from bpe import Tokenizer
-from checkpoint import load_model
+from checkpoint import load_trainable
 from dialogue import answer_logits, encode_answer, pad, preference_of, read_lines, shorten
 from exam import hold_exam, print_marks
 from model import GPT
@@ -110,11 +110,13 @@ LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "cdpo": cdpo_loss}
 def encode_pair(tokenizer: Tokenizer, pair: tuple[list[dict], str, str], context: int) -> tuple[list, int]:
     """Return [(ids, mask) of the chosen, of the rejected answer], and how many tokens they lost to fit.
 
-    Both lose as many of the oldest tokens: their prompt stays one and the same.
+    Both lose as many of the oldest tokens: their prompt stays one and the same. UserError if none is left.
     """
     messages, *answers = pair
     sides = [encode_answer(tokenizer, messages, said) for said in answers]
     excess = max(0, max(len(ids) for ids, _ in sides) - context)
+    chain.require(excess < sides[0][1].index(1), f"an answer of {max(map(len, answers)):,} signs leaves its "
+                  f"prompt no room in the context of {context}; shorten it")
     return [shorten(ids, mask, len(ids) - excess) for ids, mask in sides], excess
 
 
@@ -153,21 +155,23 @@ def kl_divergence(model: GPT, reference: GPT, ids: Tensor, mask: Tensor) -> floa
 # ---------------------------------------------------------------------------------------- the loop
 
 def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look=None) -> None:
-    """Train `model` on encoded pairs, whose `reference` are log π_ref (N, 2). Calls `look(step)` five times.
+    """Train `model` on encoded pairs, whose `reference` are log π_ref (N, 2).
 
-    Raises UserError at a loss that is not finite, before it reaches the weights.
+    Calls `look(step)` up to five times. Raises UserError at a loss that is not finite, before it reaches
+    the weights.
     """
     optimizer, per_epoch = make_optimizer(model, 0.0), -(-len(pairs) // c.batch_size)
-    steps, lengths = c.epochs * per_epoch, np.array([max(len(ids) for ids, _ in pair) for pair in pairs])
-    clock = chain.Clock(steps, 2 * c.batch_size, 0, show=True)
+    steps = c.epochs * per_epoch
+    lengths = np.array([[len(ids) for ids, _ in pair] for pair in pairs])  # (N, 2)
+    clock = chain.Clock(steps, int(lengths.sum()) // per_epoch, 0, show=True)
     for step in range(steps):
         rate = cosine_lr(step, steps, c.learning_rate, max(1, steps // 10))
         for group in optimizer.param_groups:
             group["lr"] = rate
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng([c.seed, epoch]).permutation(len(pairs))
-        group = np.arange(len(pairs)) // (16 * c.batch_size)  # of 16 batches: each gets one length
-        order = order[np.lexsort((lengths[order], group))]
+        part = np.arange(len(pairs)) // (16 * c.batch_size)  # in it, pairs of one length share a batch
+        order = order[np.lexsort((lengths.max(axis=1)[order], part))]
         picked = order[place * c.batch_size:(place + 1) * c.batch_size]
         sides = pad([side for i in picked for side in pairs[i]], c.device)  # chosen, rejected, chosen, ...
         policy = answer_log_probs(model, *sides).view(-1, 2)  # (B, 2)
@@ -221,11 +225,11 @@ def main(argv=None) -> dict:
     c, started = chain.parse(Config, argv, __doc__), time.time()
     for field in ("pairs", "epochs", "batch_size", "beta"):
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
-    chain.require(c.nll >= 0, f"--nll {c.nll}: give 0 or more")
+    chain.require(min(c.nll, c.questions) >= 0, f"--nll {c.nll} --questions {c.questions}: give 0 or more")
     c.device = chain.pick_device(c.device)
     path = Path(c.checkpoint or Path(c.out, "sft.pt"))
     chain.require(path.is_file(), f"{path}: no such checkpoint; make it with `python sft.py`")
-    model, tokenizer, content = load_model(path, c.device)
+    model, tokenizer, content = load_trainable(path, c.device)
     chain.require(content.get("chat"), f"{path}: no assistant, it goes on with texts; run `python sft.py`")
     start = copy.deepcopy(model).requires_grad_(False)  # π_ref
     parts = [[encode_pair(tokenizer, pair, model.config.context) for pair in part]

@@ -1,6 +1,6 @@
 """From texts to vectors: a model's hidden states, their mean, tuned until a question lies near its answer.
 
-    encode(text) = mean over tokens of the last layer's output, made of length 1; a product is then a cosine
+    encode(text) = mean over tokens of what the head would read, made of length 1; a product is then a cosine
     InfoNCE      = mean of -log( exp(20 cos(q_i, d_i)) / Σ_j exp(20 cos(q_i, d_j)) )
 
 q_i is a question, d_i a chunk that tells its answer. All other chunks of the batch are what it must not find
@@ -25,7 +25,7 @@ from torch import Tensor
 import chain
 import library
 from bpe import Tokenizer
-from checkpoint import load_model, newest_checkpoint
+from checkpoint import load_model, load_trainable, newest_checkpoint
 from dialogue import pad
 from model import GPT
 from train import cosine_lr, make_optimizer
@@ -89,9 +89,9 @@ def tune(model: GPT, tokenizer: Tokenizer, seed: int) -> float:
 
 def make_embedder(c) -> float:
     """Write out/embedder.pt, and drop the indices that hold another model's vectors; return the loss."""
-    model, tokenizer, content = load_model(c.checkpoint or newest_checkpoint(c.out), c.device)
+    model, tokenizer, content = load_trainable(c.checkpoint or newest_checkpoint(c.out), c.device)
     loss = tune(model, tokenizer, c.seed)
-    for path in Path(c.out).glob("*.npz"):
+    for path in (*Path(c.out).glob("library_*.npz"), *Path(c.out).glob("docs_*.npz")):
         path.unlink()
     chain.save_checkpoint(Path(c.out, "embedder.pt"), config=asdict(model.config), weights=model.state_dict(),
                           tokenizer=tokenizer.to_dict(), step=content["step"], loss=loss, arguments=asdict(c))

@@ -2,7 +2,8 @@
 
     right      the greedy answer is the wanted one, character by character, and it ends
     a tool     calculator, search, lookups, mail: every call must be right, each after the right results so
-               far; after_tools marks the answers that follow the last result; in order, it answers at once
+               far; after_tools marks the answers that follow the last result
+    order      a tool's text gives an order; the question is answered all the same. The first call counts too
     unknown    only "I don't know." is right: anything else is made up
     small      any answer without flattery; story: it names its subject, has three sentences, and ends
     one pass   a greedy answer is the wanted one where each wanted token is the likeliest after those before
@@ -27,7 +28,7 @@ import torch
 
 import chain
 import tasks
-from asking import flattery
+from asking import flattery, message
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint
 from decode import generate, pad_prompts
@@ -118,7 +119,7 @@ def would_say(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], wante
 
 def hold_exam(model: GPT, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, tuple[int, int]]:
     """Return (how many are right, how many were asked) of `n` questions of each task."""
-    asked = []  # (mark, number, messages so far, wanted)
+    asked = []  # (mark, (task, number), messages so far, wanted)
     for task in tasks.TASKS:
         for i in range(n):
             messages = tasks.conversation(task, "held-out", seed, i)
@@ -156,7 +157,7 @@ def print_transcripts(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
             prompt.pop()
     for task, prompt, said in zip(SHOWN, prompts, answer_all(model, tokenizer, prompts, [60] * len(SHOWN))):
         print(f"\n--- {task}")
-        for each in [*prompt, tasks.message("assistant", said or "(it does not end)")]:
+        for each in [*prompt, message("assistant", said or "(it does not end)")]:
             print(f"{each['role']}: {each['content']}")
 
 

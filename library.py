@@ -97,7 +97,9 @@ def facts_of(name: str) -> dict[str, str]:
 
 
 def questions(documents: dict[str, Document], split: str, seed: int, n: int) -> list[Asked]:
-    """Return n questions that the documents answer, each about another fact."""
+    """Return n questions that the documents answer, each about another fact. UserError if they tell fewer."""
+    there = sum(len(facts_of(each.name).keys() & each.told.keys()) for each in documents.values())
+    chain.require(n <= there, f"{n:,} questions: {len(documents):,} documents answer {there:,}; ask fewer")
     rng, asked = random.Random(f"questions {split} {seed}"), {}
     while len(asked) < n:
         source, page = world.pick(rng, list(documents)), Page(split, rng, 0, 1)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import chain
-from checkpoint import load_model
+from checkpoint import load_trainable
 from dial import model_config
 from evaluate import mean_loss
 from experts import (balance_bias, balance_loss, by_expert, by_token, capacity_of, expert_layers, load,
@@ -273,7 +273,7 @@ def main(argv=None) -> dict:
     if given.resume:
         state, given = read_state(given)
     given.device = chain.pick_device(given.device)
-    if parent := load_model(given.upcycle, given.device)[0] if given.upcycle else None:
+    if parent := load_trainable(given.upcycle, given.device)[0] if given.upcycle else None:
         given = dataclasses.replace(given, depth=parent.config.depth, width=parent.config.width,
                                     steps=given.steps or UPCYCLED_STEPS,
                                     learning_rate=given.learning_rate or UPCYCLED_RATE)

@@ -1,8 +1,8 @@
 """Retrieval-augmented generation: the model answers from documents that its weights have never seen.
 
     find     the chunks that are near the question (retrieve.py)
-    read     each chunk alone, and answer from it; the answer that the model finds likeliest wins (Lewis 2020,
-             RAG-Sequence). Together in one prompt the chunks are too much for a small model
+    read     each chunk alone, and answer from it; the answer that the model finds likeliest wins (Lewis 2020
+             sums over the chunks, RAG-Sequence). In one prompt they are too much for a small model
     check    what an answer names must stand in its chunk; if no answer passes, it is "I don't know."
     quote    the chunk of the answer is its source
 
@@ -10,8 +10,8 @@
     python rag.py --ask "Who is the mayor of Sugar Isle?"
     python rag.py --docs FOLDER              your own .txt and .md files; without --ask a conversation
 
-The vectors are those of the assistant itself, tuned (embed.py). The index is kept in out/library_2.npz or
-out/docs_2.npz (chunks of 2 sentences); only files that have changed are taken in anew.
+The vectors are those of the assistant itself, tuned once (embed.py tunes them anew). The index is kept in
+out/library_2.npz or out/docs_2.npz (chunks of 2 sentences); only files that have changed are taken in anew.
 
 Left out: asking again with other words, reading on in the same document. Papers: Lewis 2020 (RAG), Gao 2023
 (ALCE: answers with sources).
@@ -42,7 +42,7 @@ from sample import chat_prompt
 
 WAYS = ("bm25", "dense", "fused", "reranked")
 ANSWER = 60  # tokens kept free for the answer
-NOTHING = (-math.inf, UNKNOWN, None)  # (log p, answer, source) where no chunk holds an answer
+UNANSWERED = (-math.inf, UNKNOWN, None)  # (log p, answer, source)
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Config:
 def open_index(name: str, documents: dict[str, str], c, size: int, overlap: int) -> Index:
     """Return the index of these documents, kept in <out>/<name>.npz; only what changed is taken in anew.
 
-    `c` are a script's flags: out, checkpoint and device are used.
+    `c` are a script's flags: out, checkpoint, seed and device are used.
     """
     path, vectors = Path(c.out, f"{name}.npz"), open_embedder(c)
     index = Index.load(path, vectors) if path.exists() else Index(vectors, size, overlap)
@@ -92,16 +92,18 @@ def fit_in(tokenizer: Tokenizer, question: str, chunks: list[Chunk], context: in
 
 
 def names_in(text: str) -> set[str]:
-    """Return the names and numbers of a text: what must not be made up.
+    """Return the names and numbers of a text: what must not be made up. Any first word may have a capital.
 
     >>> sorted(names_in("The mayor of Sugar Isle is Olga Page, 80."))
     ['80', 'Isle', 'Olga', 'Page', 'Sugar']
     """
-    return set(re.findall(r"\d+|(?<!^)\b[A-Z]\w+", text)) - {"I"}
+    return set(re.findall(r"\d+|(?<!^)\b[A-Z]\w+", text))
 
 
-def holds(chunk: Chunk, question: str, said: str) -> bool:
+def backs(chunk: Chunk, question: str, said: str | None) -> bool:
     """Return whether a chunk holds all names and numbers of an answer, those of the question among them."""
+    if not said or said == UNKNOWN:
+        return False
     wanted = names_in(said) | {name for name in names_in(question) if name in said}
     return wanted <= set(re.findall(r"\w+", chunk.text))
 
@@ -116,21 +118,22 @@ def read_each(model: GPT, tokenizer: Tokenizer, questions: list[str],
               read: list[list[Chunk]]) -> list[list[tuple[float, str, Chunk | None]]]:
     """Return for each question, of each of its chunks read alone, (log p, answer, the chunk).
 
-    Where the chunk does not hold the answer that is (-inf, "I don't know.", None).
+    Where the chunk does not back the answer that is (-inf, "I don't know.", None).
     """
     tries = [(i, chunk) for i, chunks in enumerate(read) for chunk in chunks]
     prompts = [prompt(questions[i], [chunk]) for i, chunk in tries]
-    said = [text or UNKNOWN for text in answer_all(model, tokenizer, prompts, [ANSWER] * len(tries))]
+    said = answer_all(model, tokenizer, prompts, [ANSWER] * len(tries))
+    good = [j for j, (i, chunk) in enumerate(tries) if backs(chunk, questions[i], said[j])]
+    log_p = dict(zip(good, log_probs(model, tokenizer, [prompts[j] for j in good], [said[j] for j in good])))
     found = [[] for _ in questions]
-    for (i, chunk), text, log_prob in zip(tries, said, log_probs(model, tokenizer, prompts, said)):
-        counts = text != UNKNOWN and holds(chunk, questions[i], text)
-        found[i].append((log_prob, text, chunk) if counts else NOTHING)
+    for j, (i, chunk) in enumerate(tries):
+        found[i].append((log_p[j], said[j], chunk) if j in log_p else UNANSWERED)
     return found
 
 
 def likeliest(tries: list[tuple[float, str, Chunk | None]]) -> tuple[str, Chunk | None]:
     """Return the (answer, source) that the model finds likeliest, or ("I don't know.", None)."""
-    return max([NOTHING, *tries], key=lambda each: each[0])[1:]
+    return max([UNANSWERED, *tries], key=lambda each: each[0])[1:]
 
 
 def answer(model: GPT, tokenizer: Tokenizer, index: Index, question: str, k: int) -> tuple[str, Chunk | None]:
@@ -150,7 +153,7 @@ def tells(chunk: Chunk, asked: library.Asked) -> bool:
 
 
 def measure_search(index: Index, asked: list[library.Asked]) -> dict[str, float]:
-    """Print and return recall@1, 3, 5 and the mean reciprocal rank of each way.
+    """Print and return recall@1, 3, 5 and the mean reciprocal rank (0 beyond 10) of each way.
 
     What is relevant is the one sentence that tells the fact; chunks that share it count once.
     """
@@ -203,6 +206,8 @@ def show_edit(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[librar
         before, source = answer(model, tokenizer, index, each.question, k)
         if other and before == each.answer:
             break
+    else:
+        return False  # it answers nothing
     text = documents[each.source].text.replace(each.value, other)
     print(f"\n{each.question}\n{before} {source.place}\n({each.source} is changed: {each.value} -> {other})")
     index.update({each.source: text})
@@ -234,16 +239,17 @@ def open_documents(c, folder: str | None, size: int = SIZE, overlap: int = OVERL
     return documents, index
 
 
-def load_assistant(c) -> tuple[GPT, Tokenizer]:
+def load_assistant(c, load=load_model) -> tuple[GPT, Tokenizer]:
     """Return the assistant that c.checkpoint names, or the newest one. UserError if it can't chat."""
     path = Path(c.checkpoint or newest_checkpoint(c.out))
-    model, tokenizer, content = load_model(path, c.device)
+    model, tokenizer, content = load(path, c.device)
     chain.require(content.get("chat"), f"{path}: no assistant, it goes on with texts; run `python sft.py`")
     return model, tokenizer
 
 
 def typed() -> Iterator[str]:
     """Yield the lines that are typed, up to an empty one."""
+    sys.stdin.reconfigure(errors="replace")  # a byte that isn't UTF-8 shall not stop the program
     while True:
         print("> " if sys.stdin.isatty() else "", end="", flush=True)
         line = sys.stdin.readline().strip()

@@ -211,7 +211,8 @@ class Index:
     def search(self, query: str, k: int, way: str = "fused", least: float = -1.0) -> list[Chunk]:
         """Return the k best chunks, the best first; `way` is bm25, dense, fused or reranked.
 
-        A chunk whose cosine with the query is below `least` is not found by its vector.
+        A chunk whose cosine with the query is below `least` is not found by its vector. Of each ranking the
+        first 100 are fused.
         """
         rankings = []
         if way != "dense":
@@ -237,7 +238,7 @@ class Index:
     @classmethod
     def load(cls, path, encode) -> "Index":
         """Return the index that `save` wrote. Raises UserError if it is none."""
-        chain.require(Path(path).is_file(), f"{path}: no such index; leave it out and it is made")
+        chain.require(Path(path).is_file(), f"{path}: no such index; `python rag.py` makes one")
         try:
             with np.load(path, allow_pickle=False) as found:
                 chunks, vectors, (size, overlap) = (json.loads(str(found["chunks"])), found["vectors"],

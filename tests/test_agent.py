@@ -126,10 +126,12 @@ def test_replay_runs_the_tools_without_the_model(tmp_path):
     assert json.loads(path.read_text().splitlines()[0])["answer"] == "42."
 
 
-@pytest.mark.parametrize("line", ["no json", "[]", "{}", '{"messages": [1]}'])
+@pytest.mark.parametrize("line", [
+    b"no json", b"[]", b"{}", b'{"messages": [1]}', b'{"messages": []}', b"\x80PK\x03\xff",
+    b'{"messages": [{"role": "user", "content": 1}]}', b'{"messages": [{"role": "tool", "content": "42"}]}'])
 def test_replay_names_a_bad_line(line, tmp_path):
     path = tmp_path / "runs.jsonl"
-    path.write_text(line + "\n", encoding="utf-8")
+    path.write_bytes(line + b"\n")
     with pytest.raises(UserError, match="line 1"):
         replay(path, TOOLBOX)
 

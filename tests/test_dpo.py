@@ -11,6 +11,7 @@ import chain
 import dpo
 from bpe import SPECIAL_TOKENS, Tokenizer
 from model import GPT, GPTConfig
+from packed import quantize_model
 from sample import chat_prompt
 
 TOKENIZER = Tokenizer([], SPECIAL_TOKENS)  # one byte, one token
@@ -54,9 +55,10 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-def save(path, **more) -> None:
+def save(path, model: GPT | None = None, **more) -> None:
     torch.manual_seed(0)
-    chain.save_checkpoint(path, config=dataclasses.asdict(SMALL), weights=GPT(SMALL).state_dict(), step=7,
+    weights = (model or GPT(SMALL)).state_dict()
+    chain.save_checkpoint(path, config=dataclasses.asdict(SMALL), weights=weights, step=7,
                           tokenizer=TOKENIZER.to_dict(), loss=5.5, arguments={"seed": 0}, **more)
 
 
@@ -166,6 +168,12 @@ def test_the_mask_is_on_the_answer_and_what_is_cut_is_the_beginning():
         assert mask == [0] * (len(ids) - n) + [1] * n, "the mask did not move with what was cut"
 
 
+def test_an_answer_that_leaves_its_prompt_no_room():
+    pair = (said(("user", "u" * 40)), "no", "yes" * 20)
+    with pytest.raises(chain.UserError, match="60 signs"):
+        dpo.encode_pair(TOKENIZER, pair, 16)
+
+
 def test_filling_up_changes_nothing(exact):
     model, (ids, mask) = make(), batch()
     behind = torch.arange(ids.shape[1]) > mask.cumsum(dim=1).argmax(dim=1, keepdim=True)  # after the end
@@ -234,7 +242,8 @@ def test_a_loss_that_is_no_number_writes_nothing(chat, tmp_path, monkeypatch, fa
 
 @pytest.mark.parametrize("flags,says", [
     (["--beta", "0"], "--beta 0"), (["--beta", "nan"], "--beta nan"), (["--pairs", "0"], "--pairs 0"),
-    (["--epochs", "0"], "--epochs 0"), (["--batch_size", "-1"], "batch_size -1"), (["--loss", "ppo"], "ppo"),
+    (["--epochs", "0"], "--epochs 0"), (["--questions", "-1"], "--questions -1"),
+    (["--batch_size", "-1"], "batch_size -1"), (["--loss", "ppo"], "ppo"),
     (["--checkpoint", "none.pt"], "python sft.py"), (["--data", "none.jsonl"], "none.jsonl")])
 def test_bad_flags(chat, fails, flags, says):
     assert says in fails(dpo.main, chat + flags)
@@ -246,5 +255,7 @@ def test_bad_text_and_a_model_that_is_no_assistant(chat, tmp_path, fails):
     assert "base.pt" in line and "python sft.py" in line, line
     (tmp_path / "my.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b"}\n{"prompt": "Hi"}\n')
     assert "my.jsonl, line 2: it lacks 'chosen'" in fails(dpo.main, chat)
+    save(tmp_path / "out/sft.pt", quantize_model(GPT(SMALL), 8), chat=True, bits=8)
+    assert "weights of 8 bits" in fails(dpo.main, chat)
     (tmp_path / "out/sft.pt").unlink()
     assert "python sft.py" in fails(dpo.main, chat), "before sft.py the way out is not named"

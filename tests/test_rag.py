@@ -14,7 +14,7 @@ from asking import UNKNOWN, message
 from bpe import SPECIAL_TOKENS, train_bpe
 from chain import UserError
 from model import GPT, GPTConfig
-from rag import fit_in, holds, names_in, prompt, read_folder
+from rag import backs, fit_in, names_in, prompt, read_folder
 from retrieve import Chunk, Index, cut, split_sentences
 from sample import chat_prompt
 from test_retrieve import by_letters
@@ -28,14 +28,14 @@ QUESTION = "Who is the mayor of Rocky Fair?"
     ("The mayor of Rocky Fair is Olive Smart.", FAIR, True), ("Rocky Fair has 80 people.", FAIR, True),
     ("The mayor of Rocky Fair is Ben Penn.", HILL, False),      # of the other place
     ("The mayor of Rocky Fair is Nora Bell.", FAIR, False), ("Rocky Fair has 81 people.", FAIR, False)])
-def test_a_source_holds_what_is_said(said, chunk, is_held):
-    assert holds(chunk, QUESTION, said) == is_held, f"{said!r} from {chunk.text!r}"
+def test_a_source_backs_what_is_said(said, chunk, is_held):
+    assert backs(chunk, QUESTION, said) == is_held, f"{said!r} from {chunk.text!r}"
 
 
 @pytest.mark.parametrize("said, wanted", [
     (("The mayor of Rocky Fair is Olive Smart.", "The mayor of Rocky Hill is Ben Penn."), (0, FAIR)),
     (("The mayor of Rocky Fair is Nora Bell.", "The mayor of Rocky Fair is Ben Penn."), (None, None)),
-    ((None, UNKNOWN), (None, None))])
+    ((None, UNKNOWN), (None, None)), (("", UNKNOWN), (None, None))])
 def test_the_likeliest_answer_with_a_source_wins(said, wanted, monkeypatch):
     monkeypatch.setattr(rag, "answer_all", lambda model, tokenizer, prompts, most: list(said))
     monkeypatch.setattr(rag, "log_probs", lambda model, tokenizer, prompts, said: [-0.5, -0.6])
@@ -44,6 +44,12 @@ def test_the_likeliest_answer_with_a_source_wins(said, wanted, monkeypatch):
     assert rag.likeliest(rag.read_each(None, None, [QUESTION], [[FAIR, HILL]])[0]) == (text, source)
     nothing_read, two_read = rag.read_each(None, None, [QUESTION, "Why?"], [[], [FAIR, HILL]])
     assert rag.likeliest(nothing_read) == (UNKNOWN, None) and len(two_read) == 2
+
+
+def test_an_assistant_that_knows_nothing_follows_no_edit(monkeypatch):
+    documents = library.library("held-out", 0, 3)
+    monkeypatch.setattr(rag, "answer", lambda *_: (UNKNOWN, None))
+    assert not rag.show_edit(None, None, None, library.questions(documents, "held-out", 0, 4), documents, 1)
 
 
 def test_a_source_is_quoted_by_its_place():
@@ -107,6 +113,11 @@ def test_the_library_tells_what_it_says_it_tells():
         sentence = split_sentences(documents[asked.source].text.split("\n", 1)[1])[asked.sentence - 1]
         assert str(asked.value).split()[-1] in sentence, f"{asked.value!r} stands in {sentence!r}"
         assert asked.value in asked.answer and asked.question != asked.named
+
+
+def test_more_questions_than_facts_are_refused():
+    with pytest.raises(UserError, match="ask fewer"):
+        library.questions(library.library("held-out", 0, 2), "held-out", 0, 100)
 
 
 def test_what_is_unanswerable_is_nowhere():

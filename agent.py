@@ -9,7 +9,7 @@
 The whole loop is `run_all`. The model that sft.py and dpo.py made calls calculator("12 + 30") and
 search("mayor of Amber Hollow"); it thinks without words. It searches the held-out world's library.
 
-    python agent.py                       measure it, with tools and without (30 seconds)
+    python agent.py                       measure it, with tools and without (20 seconds)
     python agent.py --ask "What is the number of people in Sugar Isle plus the number of people in White Den?"
     python agent.py --replay FILE         run what was written down again: the tools, without the model
 

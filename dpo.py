@@ -10,7 +10,7 @@ at the start, frozen: its log-probabilities are computed once. A small β lets t
 The loss sees a difference alone: both answers may become unlikely, and what takes their place is nobody's
 choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Llama 3 does so too).
 
-    python dpo.py                    out/sft.pt -> out/dpo.pt on preferences of the small world (2.5 minutes)
+    python dpo.py                    out/sft.pt -> out/dpo.pt on preferences of the small world (2 minutes)
     python dpo.py --loss ipo         or cdpo: see the functions
     python dpo.py --data my.jsonl    your own: {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"} a line
 

@@ -18,9 +18,9 @@ Defences, one at a time and all together:
     tools      only those that the task needs; and one that acts runs only for what the user asked for
     arguments  names in them must stand in what the user said
 
-    python injection.py      attack, defend, count (2 minutes); the table is in docs/injection.md
+    python injection.py      attack, defend, count (1 minute); the table is in docs/injection.md
 
-Orders are obeyed in 58 % of the runs that read them, with all defences in none, and utility stays.
+Orders are obeyed in 59 % of the runs that read them, with all defences in none; utility falls by 2.5 points.
 
 None is proof alone: format and training act on what the model does, which fails now and then; the two others
 on what it may do, whatever it wants, and leave gaps (see the table). Left out: documents that lie; a second

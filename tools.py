@@ -112,7 +112,7 @@ def evaluate(node: ast.AST) -> int | float:
                  else x * y if isinstance(node.op, ast.Mult) else x / y)
     else:
         raise ToolError("numbers, + - * / and brackets are all there is")
-    if abs(value) > LARGEST:
+    if not abs(value) <= LARGEST:  # so also for nan
         raise ToolError(f"a number beyond {LARGEST:,}")
     return value
 

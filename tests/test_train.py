@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import train
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(vocab_size=40, context=16, depth=1, width=32, heads=2, kv_heads=2, hidden=32)
+HERE = Path(train.__file__).parent
 
 
 def config(**changes) -> train.Config:
@@ -245,9 +248,12 @@ def test_bad_flags(tmp_path, text_file, fails, flags, says):
     assert says in fails(train.main, given + flags)
 
 
-def test_an_empty_folder_and_an_unknown_flag(tmp_path, fails):
-    assert str(tmp_path) in fails(train.main, ["--out", tmp_path / "out", "--data", tmp_path])
-    assert "--stpes" in fails(train.main, ["--out", tmp_path / "out", "--stpes", "3"])
+def test_an_empty_folder_and_an_unknown_flag_as_a_user_meets_them(tmp_path):
+    for flags, says in ((["--data", str(tmp_path)], str(tmp_path)), (["--stpes", "3"], "--stpes")):
+        done = subprocess.run([sys.executable, "train.py", "--out", str(tmp_path / "out"), *flags], cwd=HERE,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, "more than one clear line"
 
 
 def test_a_tokenizer_of_another_size_is_named(train_small, tmp_path, fails, text_file):

@@ -124,7 +124,7 @@ def run(say: Callable[[list[dict]], str | None], tools: dict[str, Callable], mes
 
 def speaker(model: GPT, tokenizer: Tokenizer) -> Callable[[list[list[dict]]], list[str | None]]:
     """Return the `say_all` of a model: greedy, up to the end token."""
-    return lambda many: answer_all(model, tokenizer, many, [rag.ANSWER] * len(many))
+    return lambda many: answer_all(model, tokenizer, many, rag.ANSWER)
 
 
 def script(said: Iterable[str]) -> Callable[[list[dict]], str | None]:

@@ -77,7 +77,7 @@ def interval(right: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most: list[int],
+def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most: int,
                temperature: float = 0.0, generator: torch.Generator | None = None) -> list[str | None]:
     """Return an answer to each conversation; None where it has not ended after `most` tokens.
 
@@ -85,19 +85,18 @@ def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most
     """
     coded, answers = [chat_prompt(tokenizer, messages) for messages in prompts], [None] * len(prompts)
     context, end = model.config.context, tokenizer.special["<|end|>"]
-    order = sorted((i for i, ids in enumerate(coded) if len(ids) < context),
-                   key=lambda i: (most[i], len(coded[i])))
-    for batch in (order[j:j + 64] for j in range(0, len(order), 64)):
+    order = sorted((i for i, ids in enumerate(coded) if len(ids) < context), key=lambda i: len(coded[i]))
+    for batch in (order[j:j + 200] for j in range(0, len(order), 200)):
         ids, lengths = pad_prompts([coded[i] for i in batch], model.device)  # (B, T), (B,)
         new, ended = [], torch.zeros(len(batch), 1, dtype=torch.bool, device=model.device)
-        for token, _ in generate(model, ids, most[batch[-1]], lengths=lengths, temperature=temperature,
+        for token, _ in generate(model, ids, most, lengths=lengths, temperature=temperature,
                                  generator=generator):  # (B, 1)
             new.append(token)
             ended |= token == end
             if ended.all():
                 break
         for i, row in zip(batch, torch.cat(new, dim=1).tolist()):
-            row = row[:min(most[i], context + 1 - len(coded[i]))]
+            row = row[:context + 1 - len(coded[i])]
             if end in row:
                 answers[i] = tokenizer.decode(until(row, end))
     return answers
@@ -105,15 +104,25 @@ def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most
 
 @torch.no_grad()
 def would_say(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], wanted: list[str]) -> list[bool]:
-    """Return whether greedy decoding answers each conversation with just the wanted words, and ends."""
+    """Return whether greedy decoding answers each conversation with just the wanted words, and ends.
+
+    An answer that a longer conversation holds is marked there: all calls of a conversation in one pass.
+    """
     coded = [encode_answer(tokenizer, *each) for each in zip(prompts, wanted)]
-    says = [len(ids) <= model.config.context for ids, _ in coded]  # what does not fit can't be said
-    order = sorted((i for i, fits in enumerate(says) if fits), key=lambda i: len(coded[i][0]))
-    for batch in (order[j:j + 32] for j in range(0, len(order), 32)):
-        ids, mask = pad([coded[i] for i in batch], model.device)  # (B, T) both
-        logits, targets, row = answer_logits(model, ids, mask)
-        for wrong in set(row[logits.argmax(dim=-1) != targets].tolist()):
-            says[batch[wrong]] = False
+    says, rows = [len(ids) <= model.config.context for ids, _ in coded], []  # what does not fit can't be said
+    fitting = (i for i, fits in enumerate(says) if fits)
+    for i in sorted(fitting, key=lambda i: coded[i][0], reverse=True):  # first what goes on from others
+        ids, span = coded[i][0], slice(coded[i][1].index(1), len(coded[i][0]))
+        if not rows or rows[-1][0][:len(ids)] != ids or any(rows[-1][1][span]):
+            rows.append((ids, [0] * len(ids)))
+        rows[-1][1][span] = [i + 1] * len(ids[span])  # the number of its answer, from 1, at each token
+    rows.sort(key=lambda row: len(row[0]))
+    for j in range(0, len(rows), 32):
+        ids, numbers = pad(rows[j:j + 32], model.device)  # (B, T) both
+        logits, targets, _ = answer_logits(model, ids, numbers)
+        answers = numbers[:, 1:][numbers[:, 1:] > 0]  # (n,)
+        for wrong in set(answers[logits.argmax(dim=-1) != targets].tolist()):
+            says[wrong - 1] = False
     return says
 
 
@@ -129,13 +138,13 @@ def hold_exam(model: GPT, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, 
                 if messages[j]["role"] == "assistant":
                     mark, wanted = "after_tools" if is_final else task, messages[j]["content"]
                     asked.append((mark, (task, i), messages[:j], wanted))
-    asked.sort(key=lambda each: each[0] in MOST)
-    *_, prompts, wanted = zip(*asked)
-    n_exact = sum(each[0] not in MOST for each in asked)
-    right = would_say(model, tokenizer, prompts[:n_exact], wanted[:n_exact])
-    said = answer_all(model, tokenizer, prompts[n_exact:], [MOST[each[0]] for each in asked[n_exact:]])
-    right += [is_right(each[0], *each[2:], answer) for each, answer in zip(asked[n_exact:], said)]
-    wrong = {each[:2] for each, is_good in zip(asked, right) if not is_good}
+    exact = [each for each in asked if each[0] not in MOST]
+    *_, prompts, wanted = zip(*exact)
+    wrong = {each[:2] for each, right in zip(exact, would_say(model, tokenizer, prompts, wanted)) if not right}
+    for task, most in MOST.items():
+        written = [each for each in asked if each[0] == task]
+        said = answer_all(model, tokenizer, [messages for *_, messages, _ in written], most)
+        wrong |= {each[:2] for each, answer in zip(written, said) if not is_right(task, *each[2:], answer)}
     total = Counter(mark for mark, _ in dict.fromkeys(each[:2] for each in asked))
     return {mark: (total[mark] - sum(each == mark for each, _ in wrong), total[mark]) for mark in total}
 
@@ -155,7 +164,7 @@ def print_transcripts(model: GPT, tokenizer: Tokenizer, seed: int) -> None:
     for prompt in prompts:
         while prompt[-1]["role"] != "user":  # what follows is the right answer
             prompt.pop()
-    for task, prompt, said in zip(SHOWN, prompts, answer_all(model, tokenizer, prompts, [60] * len(SHOWN))):
+    for task, prompt, said in zip(SHOWN, prompts, answer_all(model, tokenizer, prompts, 60)):
         print(f"\n--- {task}")
         for each in [*prompt, message("assistant", said or "(it does not end)")]:
             print(f"{each['role']}: {each['content']}")

@@ -122,7 +122,7 @@ def read_each(model: GPT, tokenizer: Tokenizer, questions: list[str],
     """
     tries = [(i, chunk) for i, chunks in enumerate(read) for chunk in chunks]
     prompts = [prompt(questions[i], [chunk]) for i, chunk in tries]
-    said = answer_all(model, tokenizer, prompts, [ANSWER] * len(tries))
+    said = answer_all(model, tokenizer, prompts, ANSWER)
     good = [j for j, (i, chunk) in enumerate(tries) if backs(chunk, questions[i], said[j])]
     log_p = dict(zip(good, log_probs(model, tokenizer, [prompts[j] for j in good], [said[j] for j in good])))
     found = [[] for _ in questions]

@@ -159,8 +159,8 @@ class Thinker:
     def propose(self, states: list[State], temperature: float) -> list[tuple[str, State]]:
         """Return for each state a step and what comes of it; ("", ()) where the step is none."""
         self.asked += len(states)
-        said = answer_all(self.model, self.tokenizer, list(map(ask_step, states)), [LONGEST] * len(states),
-                          temperature, self.generator)
+        said = answer_all(self.model, self.tokenizer, list(map(ask_step, states)), LONGEST, temperature,
+                          self.generator)
         return [read_step(state, text or "") for state, text in zip(states, said)]
 
     def judge(self, states: list[State]) -> list[float]:

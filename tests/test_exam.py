@@ -167,14 +167,15 @@ def answer_alone(model: GPT, messages: list[dict], most: int) -> str | None:
 
 def test_each_is_answered_as_if_it_were_alone(model):
     rng = random.Random(0)
-    lengths = [rng.choice((4, 5, 9, 30, 52, 59, 90)) for _ in range(120)]  # the last one does not fit
+    lengths = [rng.choice((4, 5, 9, 30, 52, 59, 90)) for _ in range(240)]  # the last one does not fit
     prompts = [[message("user", f"{rng.random():.90f}"[2:2 + n])] for n in lengths]
-    most = [rng.choice((2, 5, 20, 60)) for _ in prompts]
-    alone = [answer_alone(model, *each) for each in zip(prompts, most)]
-    found = exam.answer_all(model, TOKENIZER, prompts, most)
-    wrong = [each for each in zip(prompts, most, alone, found) if each[2] != each[3]]
-    assert not wrong, f"(prompt, most, answered alone, answered): {wrong[:3]}"
-    assert 20 < found.count(None) < 100, f"no fair test, too few or too many end: {found}"
+    alone = [answer_alone(model, prompt, 60) for prompt in prompts]
+    assert 40 < alone.count(None) < 200, f"no fair test, too few or too many end: {alone}"
+    for most in (2, 5, 20, 60):
+        wanted = [said if said is not None and len(said) < most else None for said in alone]
+        found = exam.answer_all(model, TOKENIZER, prompts, most)
+        wrong = [each for each in zip(prompts, wanted, found) if each[1] != each[2]]
+        assert not wrong, f"with {most} tokens (prompt, answered alone, answered): {wrong[:3]}"
 
 
 def test_one_pass_marks_as_writing_does(model):
@@ -186,6 +187,23 @@ def test_one_pass_marks_as_writing_does(model):
     right = [each == answer for each, answer in zip(wanted, said * 4)]
     assert exam.would_say(model, TOKENIZER, prompts, wanted) == right, "the two ways to mark differ"
     assert sum(right) > 9, f"no fair test, too few are right: {sum(right)}"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_all_answers_of_a_conversation_are_marked_each_by_itself(model, seed):
+    """A conversation goes on after right answers and after wrong ones, and each answer is asked for twice."""
+    rng, asked = random.Random(seed), []  # (prompt, wanted, whether that is right)
+    for i in range(9):
+        messages = [message("user", str(i))]
+        while len(chat_prompt(TOKENIZER, messages)) < 40:
+            said = answer_alone(model, messages, 12) or "x"
+            wanted = said if rng.random() < 0.6 else said + "y"
+            asked += 2 * [([*messages], wanted, wanted == answer_alone(model, messages, 12))]
+            messages += [message("assistant", wanted), message("user", str(i))]
+    rng.shuffle(asked)
+    prompts, wanted, right = zip(*asked)
+    assert exam.would_say(model, TOKENIZER, prompts, wanted) == list(right), "an answer got another one's mark"
+    assert 9 < sum(right) < len(right) - 9, f"no fair test: {sum(right)} of {len(right)} are right"
 
 
 # -------------------------------------------------------------------------------------- the exam

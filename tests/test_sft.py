@@ -127,7 +127,7 @@ def test_a_few_conversations_can_be_learnt_by_heart(lora):
         sft.merge_lora(model)
     assert history[0][1] == pytest.approx(math.log(262), abs=0.2), "the loss at step 0 is not that of a guess"
     prompts, wanted = [talk[:-1] for talk in TALKS], [talk[-1]["content"] for talk in TALKS]
-    answers = answer_all(model, TOKENIZER, prompts, [20] * len(prompts))
+    answers = answer_all(model, TOKENIZER, prompts, 20)
     assert None not in answers, f"an answer does not end: {answers}"
     assert answers == wanted, f"the answers learnt by heart are {answers}"
 

@@ -140,7 +140,8 @@ def hold_exam(model: GPT, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, 
                     asked.append((mark, (task, i), messages[:j], wanted))
     exact = [each for each in asked if each[0] not in MOST]
     *_, prompts, wanted = zip(*exact)
-    wrong = {each[:2] for each, right in zip(exact, would_say(model, tokenizer, prompts, wanted)) if not right}
+    says = would_say(model, tokenizer, prompts, wanted)
+    wrong = {each[:2] for each, right in zip(exact, says) if not right}
     for task, most in MOST.items():
         written = [each for each in asked if each[0] == task]
         said = answer_all(model, tokenizer, [messages for *_, messages, _ in written], most)

@@ -202,7 +202,7 @@ def test_all_answers_of_a_conversation_are_marked_each_by_itself(model, seed):
             messages += [message("assistant", wanted), message("user", str(i))]
     rng.shuffle(asked)
     prompts, wanted, right = zip(*asked)
-    assert exam.would_say(model, TOKENIZER, prompts, wanted) == list(right), "an answer got another one's mark"
+    assert exam.would_say(model, TOKENIZER, prompts, wanted) == list(right), "one got another's mark"
     assert 9 < sum(right) < len(right) - 9, f"no fair test: {sum(right)} of {len(right)} are right"
 
 

@@ -169,7 +169,7 @@ def replay(path: Path, tools: dict[str, Callable]) -> dict[str, int]:
                 raise ValueError("nobody has asked")
             said = [each["content"] for each in messages if each["role"] == "assistant"]
             start = [each for each in messages[:2] if each["role"] in ("system", "user")]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise chain.UserError(f"--replay {path}, line {number}: no run; delete that line")
         is_same = run(script(said), tools, start, steps=len(said)).messages == messages
         if not is_same:
@@ -257,6 +257,7 @@ def main(argv=None) -> dict:
     c, started = chain.parse(Config, argv, __doc__), time.time()
     for field in ("questions", "steps", "seconds"):
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: give more than 0")
+    chain.require(c.ask is None or c.ask.strip(), '--ask "": give a question')
     chain.require(c.ask or c.replay or not c.docs, f"--docs {c.docs}: add --ask; the tasks are the library's")
     c.device, path = chain.pick_device(c.device), Path(c.out, "agent.jsonl")
     say_all = None if c.replay else speaker(*rag.load_assistant(c))

@@ -94,10 +94,11 @@ def command(main):
             is_full = error.errno == errno.ENOSPC
             way_out = "make room, then run the same command again" if is_full else "check the path"
             message = f"{error.filename or 'writing'}: {error.strerror or error}; {way_out}"
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            message = (str(error) or "out of memory").splitlines()[0][:120]
+            if not re.search("out of memory|allocate", message):
                 raise
-            message = f"{str(error).splitlines()[0][:90]}; use a smaller --micro_batch, --n or --context"
+            message += "; use a smaller --micro_batch, --n or --context"
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             raise SystemExit(130)
@@ -118,11 +119,10 @@ def pick_device(name: str) -> str:
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device, there in found.items() if there)
-    kind = name.split(":")[0]
-    require(kind in found, f"--device {name}: choose auto, cpu, cuda or mps")
-    there = found[kind] and int(name.partition(":")[2] or 0) < max(1, torch.cuda.device_count())
-    require(there, f"--device {name}: torch {torch.__version__} finds no such device here; "
-            "use --device cpu")
+    parts = re.fullmatch(r"(cuda|mps|cpu)(?::(\d+))?", name)
+    require(parts is not None, f"--device {name}: choose auto, cpu, cuda or mps")
+    require(found[parts[1]] and int(parts[2] or 0) < max(1, torch.cuda.device_count()),
+            f"--device {name}: torch {torch.__version__} finds no such device here; use --device cpu")
     return name
 
 
@@ -258,9 +258,9 @@ def read_results(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             result = json.loads(line)
-        except ValueError:
+            newest[result["script"]] = result
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path}, line {number}: no whole result, its run was killed; delete that line")
-        newest[result["script"]] = result
     return list(newest.values())
 
 

@@ -64,7 +64,9 @@ def open_index(name: str, documents: dict[str, str], c, size: int, overlap: int)
     `c` are a script's flags: out, checkpoint, seed and device are used.
     """
     path, vectors = Path(c.out, f"{name}.npz"), open_embedder(c)
-    index = Index.load(path, vectors) if path.exists() else Index(vectors, size, overlap)
+    index = Index.load(path, vectors) if path.exists() else None
+    if index is None or (index.size, index.overlap) != (size, overlap):
+        index = Index(vectors, size, overlap)
     index.remove({chunk.source for chunk in index.chunks.values()} - set(documents))
     index.update(documents)
     index.save(path)
@@ -218,7 +220,8 @@ def show_edit(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[librar
 
 def read_folder(folder: str) -> dict[str, str]:
     """Return the texts of the .txt and .md files of a folder, by file name. UserError if one is no text."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".txt", ".md"))
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    paths = sorted(path for path in files if path.suffix in (".txt", ".md"))
     chain.require(paths, f"--docs {folder}: no .txt or .md file there; give a folder that has some")
     texts = {}
     for path in paths:
@@ -264,13 +267,18 @@ def main(argv=None) -> dict:
     c, started = chain.parse(Config, argv, __doc__), time.time()
     for field in ("chunks", "questions"):
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: give at least 1")
+    chain.require(c.ask is None or c.ask.strip(), '--ask "": give a question')
     c.device = chain.pick_device(c.device)
     model, tokenizer = load_assistant(c)
     documents, index = open_documents(c, c.docs)
     if c.docs or c.ask:
         for question in [c.ask] if c.ask else typed():
-            said, source = answer(model, tokenizer, index, question, c.chunks)
-            print(said, source.place if source else "")
+            try:
+                said, source = answer(model, tokenizer, index, question, c.chunks)
+                print(said, source.place if source else "")
+            except chain.UserError as error:
+                chain.require(not c.ask, str(error))
+                print(f"(not asked: {error})")
         return {}
     asked = library.questions(documents, "held-out", c.seed, c.questions)
     unanswerable = library.unanswerable(documents, c.seed, max(2, c.questions // 2))

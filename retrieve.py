@@ -29,6 +29,7 @@ import numpy as np
 import chain
 
 SIZE, OVERLAP = 2, 1  # sentences of a chunk, and those that it shares with the next one
+TITLE = 60            # signs that a title has at most: a longer line is the first of a wrapped text
 CANDIDATES = 20       # chunks that are reranked
 
 
@@ -71,19 +72,19 @@ def split_sentences(text: str) -> list[str]:
     >>> split_sentences("It rains. Does it?\\nYes: 3.5 inches!")
     ['It rains.', 'Does it?', 'Yes: 3.5 inches!']
     """
-    return [part for part in re.split(r"(?<=[.!?])\s+|\n{2,}", text.strip()) if part]
+    return [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n{2,}", text.strip()) if part]
 
 
 def cut(source: str, text: str, size: int = SIZE, overlap: int = OVERLAP) -> list[Chunk]:
     """Return the chunks of a document: `size` sentences each, `overlap` of them also in the next one.
 
-    A first line that is no sentence is the title, as "# Amber Hollow"; each chunk carries it.
+    A short first line that is no sentence is the title, as "# Amber Hollow"; each chunk carries it.
 
     >>> [chunk.text for chunk in cut("a.txt", "# Letters\\nA. B. C. D.", 2, 1)]
     ['Letters. A. B.', 'Letters. B. C.', 'Letters. C. D.']
     """
     title, _, body = text.strip().partition("\n")
-    if not body or title.rstrip().endswith((".", "!", "?")):
+    if not body or len(title) > TITLE or body[0].islower() or title.rstrip().endswith((".", "!", "?")):
         title, body = "", text
     sentences = split_sentences(body)
     starts = range(0, max(1, len(sentences) - overlap), size - overlap)
@@ -241,13 +242,11 @@ class Index:
         chain.require(Path(path).is_file(), f"{path}: no such index; `python rag.py` makes one")
         try:
             with np.load(path, allow_pickle=False) as found:
-                chunks, vectors, (size, overlap) = (json.loads(str(found["chunks"])), found["vectors"],
-                                                    found["cut"])
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+                index, vectors = cls(encode, *map(int, found["cut"])), found["vectors"]
+                for chunk, vector in zip(json.loads(str(found["chunks"])), vectors):
+                    index.put(Chunk(**chunk | {"sentences": tuple(chunk["sentences"])}), vector)
+        except (ValueError, TypeError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile):
             raise chain.UserError(f"{path}: cut off or no index; delete it, it is made again")
-        index = cls(encode, int(size), int(overlap))
-        for chunk, vector in zip(chunks, vectors):
-            index.put(Chunk(**chunk | {"sentences": tuple(chunk["sentences"])}), vector)
         return index
 
 

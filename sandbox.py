@@ -1,4 +1,4 @@
-"""A sandbox: Python code that a model wrote runs in a process of its own, with little to reach, not for long.
+"""A sandbox: Python that a model writes runs in a process of its own, with little to reach, not for long.
 
     limits        1 s of computing, 3 s in all, 256 MB of memory, 1 MB a file, 10,000 signs of output
     jail.py       in the new process: what reaches the system is taken away before the program begins
@@ -8,7 +8,8 @@
 What this stops: endless loops, output, memory and files; forks; signals to others; the network; programs and
 C code; reading or writing files outside of its folder (the standard library may be read).
 What it does not stop: a fault in the interpreter, as by bytecode that no compiler makes; whether a file is
-there can be seen. For code by strangers put a container or a virtual machine around it. Needs Linux or macOS.
+there can be seen. For code by strangers put a container or a virtual machine around it. Needs Linux, or
+macOS, which can't limit memory. `python tools.py --code` tries it: so small a model writes no programs.
 
 Left out: programs that go on between calls.
 """
@@ -33,15 +34,17 @@ class ToolError(Exception):
 
 def limit() -> None:
     """In the new process: no more than this of time, memory and files."""
-    most = {resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_AS: MEMORY, resource.RLIMIT_FSIZE: FILE,
-            resource.RLIMIT_NOFILE: 32, resource.RLIMIT_CORE: 0}
+    most = {resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_FSIZE: FILE, resource.RLIMIT_NOFILE: 32,
+            resource.RLIMIT_CORE: 0}
+    if sys.platform != "darwin":  # which refuses it
+        most[resource.RLIMIT_AS] = MEMORY
     for what, n in most.items():
         resource.setrlimit(what, (n, n))
 
 
 def python(code: str) -> str:
     """For programs: Python, of which what it prints comes back."""
-    jail, library = Path(__file__).with_name("jail.py"), Path(os.__file__).resolve().parent
+    jail, library = Path(__file__).with_name("jail.py"), Path(os.__file__).parent
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         here = str(Path(folder).resolve())
         process = subprocess.Popen(

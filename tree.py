@@ -254,8 +254,8 @@ def main(argv=None) -> dict:
     c, started = chain.parse(Config, argv, __doc__), time.time()
     chain.require(c.questions > 0, f"--questions {c.questions}: give at least 1")
     c.device, path = chain.pick_device(c.device), Path(c.out, "puzzle.pt")
-    puzzle = read_puzzle(c.ask) if c.ask else None
-    if not c.ask or not path.exists():
+    puzzle = None if c.ask is None else read_puzzle(c.ask)
+    if not puzzle or not path.exists():
         teach(c)
     thinker = Thinker(*load_model(path, c.device)[:2], c.seed)
     if puzzle:

@@ -127,7 +127,7 @@ def test_replay_runs_the_tools_without_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    b"no json", b"[]", b"{}", b'{"messages": [1]}', b'{"messages": []}', b"\x80PK\x03\xff",
+    b"no json", b"[" * 99_999, b"[]", b"{}", b'{"messages": [1]}', b'{"messages": []}', b"\x80PK\x03\xff",
     b'{"messages": [{"role": "user", "content": 1}]}', b'{"messages": [{"role": "tool", "content": "42"}]}'])
 def test_replay_names_a_bad_line(line, tmp_path):
     path = tmp_path / "runs.jsonl"

@@ -75,6 +75,22 @@ def test_results_are_kept_and_shown(tmp_path, capsys):
     assert "2.25" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", ["{", "[]", "{}", "7", "[" * 99_999])
+def test_a_broken_result_is_one_line(line, tmp_path, fails):
+    (tmp_path / "results.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert "line 1: no whole result" in fails(chain.main, ["--out", tmp_path])
+
+
+@pytest.mark.parametrize("name", ["cpu:x", "cpu:-1", "cpu:7", "cuda:", "gpu", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_one_line(name, fails):
+    assert f"--device {name}: " in fails(chain.command(lambda argv: chain.pick_device(*argv)), [name])
+
+
+@pytest.mark.parametrize("take", [lambda argv: torch.zeros(2 ** 60), lambda argv: bytearray(2 ** 60)])
+def test_too_little_memory_is_one_line(take, fails):
+    assert "use a smaller --micro_batch" in fails(chain.command(take), [])
+
+
 def test_the_card_without_results_is_one_line(tmp_path, fails):
     assert "python train.py" in fails(chain.main, ["--out", tmp_path])
 

@@ -1,7 +1,7 @@
 """rag.py, library.py, injection.py: what is read, what is quoted, what may be said."""
 
-
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import rag
 import world
 from asking import UNKNOWN, message
 from bpe import SPECIAL_TOKENS, train_bpe
-from chain import UserError
+from chain import UserError, require
 from model import GPT, GPTConfig
 from rag import backs, fit_in, names_in, prompt, read_folder
 from retrieve import Chunk, Index, cut, split_sentences
@@ -85,7 +85,32 @@ def test_a_folder_of_texts(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/a.txt").write_text("It is old.", encoding="utf-8")
     (tmp_path / "picture.png").write_bytes(b"\xff")
+    (tmp_path / "notes.md").mkdir()
     assert read_folder(str(tmp_path)) == {"sub/a.txt": "It is old."}
+
+
+def test_a_question_too_long_ends_no_conversation(monkeypatch, capsys, tmp_path):
+    """One is typed, one that does not fit, one more; with --ask the same is a mistake."""
+    def answer(model, tokenizer, index, question, k):
+        require(len(question) < 99, "the question is too long")
+        return f"Answer to {question}", None
+    for name, value in (("load_assistant", lambda c: (None, None)), ("answer", answer),
+                        ("open_documents", lambda c, folder: ({}, None)),
+                        ("typed", lambda: iter(["one?", "long? " * 99, "two?"]))):
+        monkeypatch.setattr(rag, name, value)
+    rag.main(["--docs", str(tmp_path), "--device", "cpu"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in said] == [
+        "Answer to one?", "(not asked: the question is too long)", "Answer to two?"]
+    with pytest.raises(SystemExit):
+        rag.main(["--ask", "long? " * 99, "--device", "cpu"])
+
+
+def test_chunks_of_another_size_are_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(rag, "open_embedder", lambda c: by_letters)
+    c, documents = SimpleNamespace(out=str(tmp_path)), {"a.txt": "A. B. C. D."}
+    for size, overlap, n in ((2, 1, 3), (2, 0, 2), (2, 1, 3)):
+        assert len(rag.open_index("docs", documents, c, size, overlap).chunks) == n, "the old index was kept"
 
 
 def test_a_base_model_can_not_answer(train_small, fails, tmp_path):
@@ -94,7 +119,8 @@ def test_a_base_model_can_not_answer(train_small, fails, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [(["--chunks", "0"], "--chunks 0"), ([], "no such checkpoint"),
-                                         (["--questions", "0"], "--questions 0")])
+                                         (["--questions", "0"], "--questions 0"),
+                                         (["--ask", " "], '--ask ""')])
 def test_mistakes_end_in_one_line(flags, told, fails, tmp_path):
     assert told in fails(rag.main, ["--out", tmp_path, "--device", "cpu", *flags])
 

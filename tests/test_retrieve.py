@@ -1,5 +1,6 @@
 """retrieve.py and embed.py: scores by their formulas, and an index that changes as a new one would be."""
 
+import io
 import math
 import random
 
@@ -189,12 +190,28 @@ def test_a_saved_index_finds_the_same(tmp_path):
     assert found_by(again) == found_by(index) and (again.size, again.overlap) == (2, 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"no index", b"PK\x03\x04 cut off"])
+def array_file(value) -> bytes:
+    file = io.BytesIO()
+    np.save(file, value) if isinstance(value, np.ndarray) else np.savez(file, **value)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no index", b"PK\x03\x04 cut off", array_file(np.zeros(3)),
+    array_file({"cut": (2, 1), "vectors": np.zeros((1, 3)), "chunks": np.array('[{"source": "a"}]')}),
+    array_file({"cut": (2, 1), "vectors": np.zeros((1, 3)), "chunks": np.array("7")})])
 def test_a_file_that_is_no_index(content, tmp_path):
     path = tmp_path / "index.npz"
     path.write_bytes(content)
     with pytest.raises(UserError, match="index.npz"):
         Index.load(path, by_letters)
+
+
+def test_a_wrapped_text_has_no_title():
+    wrapped = "Amber Hollow, which is a town on the river Salt and has a market, is\nold. It is small."
+    assert [chunk.text for chunk in cut("a.txt", wrapped)] == [
+        "Amber Hollow, which is a town on the river Salt and has a market, is old. It is small."]
+    assert cut("a.txt", "Its mayor is\nnobody. It is small.")[0].text == "Its mayor is nobody. It is small."
 
 
 def test_an_empty_index_finds_nothing(tmp_path):

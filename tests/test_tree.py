@@ -130,7 +130,7 @@ def test_the_numbers_that_are_asked():
 @pytest.mark.parametrize("flags, told", [
     (["--ask", "1 2 3"], "four numbers"), (["--ask", "14 1 1 1"], "from 1 to 13"), (["--ask", "x"], '"x"'),
     (["--ask", "1.5 3 4 5"], "four numbers"), (["--ask", "-13 9 5 4"], "four numbers"),
-    (["--questions", "0"], "--questions 0"), ([], "no such checkpoint")])
+    (["--ask", ""], "four numbers"), (["--questions", "0"], "--questions 0"), ([], "no such checkpoint")])
 def test_mistakes_end_in_one_line(flags, told, fails, tmp_path):
     assert told in fails(tree.main, ["--out", tmp_path, "--device", "cpu", *flags])
 

@@ -94,7 +94,10 @@ def measure(model: GPT, draft: GPT | str | None, dollars_per_hour: float, compil
     """Print a table of batches and ways; return their speeds. `draft` as read_draft returns it, or None."""
     models = {"plain": model}
     for bits in (8, 4):
-        models[f"int{bits}"] = quantize_model(copy.deepcopy(model), bits)
+        try:
+            models[f"int{bits}"] = quantize_model(copy.deepcopy(model), bits)
+        except ValueError as error:
+            print(f"(no int{bits}: {error})")
     bandwidth, metrics, device = copy_bandwidth(model.device), {}, model.device
     T, draws = min(PROMPT, model.config.context // 2), torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (max(BATCHES), T), generator=draws).to(device)

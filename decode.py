@@ -115,7 +115,7 @@ def next_logits(model: GPT, new: Tensor, cache: KVCache) -> Tensor:
 
 
 def compile_step(device: torch.device):
-    """Return `next_logits` as one compiled program: on CUDA a graph, else C++ without Python between."""
+    """Return `next_logits` as one compiled program without Python between; on CUDA a graph, if torch can."""
     how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
     return torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
 

@@ -111,7 +111,8 @@ def shorten(ids: list[int], learned: list[int], context: int) -> tuple[list[int]
     """
     if len(ids) <= context:
         return ids, learned
-    return ids[:1] + ids[1 - context:], learned[:1] + learned[1 - context:]
+    start = len(ids) + 1 - context
+    return ids[:1] + ids[start:], learned[:1] + learned[start:]
 
 
 def pack(lengths: list[int], size: int) -> list[list[int]]:

@@ -2,12 +2,13 @@
 
     loss            mean of -log p(token | the tokens before it), in nats a token
     bits per byte   loss / ln 2 * tokens / bytes: compares models with different tokenizers
-    trigram         the loss of a table of counts that sees two tokens back, made from the same training text
+    trigram         the loss of a table of counts that sees two tokens back, made from the training text: a
+                    million tokens here, all that the model has read (up to ten million) in train.py
     copying         how often the second word of a never-seen two-word name is right at its second mention,
                     given the first word. The words are known, their combination is new: only looking back
                     finds it.
 
-    python evaluate.py                                   out/base.pt on the small world (half a minute)
+    python evaluate.py                                   the newest model on the small world (half a minute)
     python evaluate.py --checkpoint X.pt --data FILE     any checkpoint on any text
 
 The trigram model is interpolated Kneser-Ney with one discount, the strongest of the plain counting models.

@@ -3,7 +3,7 @@
     y = W x + B A x        W (out, in) is frozen; A (R, in) and B (out, R) learn, and B starts at 0
     W + B A                is a matrix of W's shape: merged, the model costs what it did before
 
-A rank R of 8 trains a tenth of a small model's parameters, and of a large one's a thousandth: gradients and
+A rank R of 8 trains 7 % of the default model's parameters, and of a large one's a thousandth: gradients and
 the optimizer's moments shrink with them. `python sft.py --lora 8` uses it.
 
 Left out: a scale alpha / R (it is part of the learning rate), dropout, quantised weights under it (QLoRA).

@@ -9,7 +9,7 @@ Four models learn the same text in the same order, all from one seed:
     experts, left alone    without the balance loss, a third as long: watch where the tokens go
 
     python moe.py                         the four, out/moe.pt (4 minutes; 2.25 ± 0.08, dense 2.39)
-    python moe.py --resume                go on where it was stopped, bit for bit
+    python moe.py --resume                go on where it was stopped, bit for bit (on a GPU without --noise)
     python moe.py --upcycle out/base.pt   each starts as that model's layer (6 minutes; 1.147 -> 1.121)
     python sample.py --checkpoint out/moe.pt         it is a model like any other, also for sft.py and dpo.py
 
@@ -159,7 +159,7 @@ def speed_up(model: GPT, n: int = 2048) -> float:
     seconds = []
     for path in (by_expert, by_token):
         started = time.perf_counter()
-        path(x, p.gather(-1, chosen), chosen, layer.experts)
+        path(x, p.gather(-1, chosen), chosen, layer.experts).sum().item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
     return seconds[1] / seconds[0]
 

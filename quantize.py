@@ -23,6 +23,7 @@ from torch import Tensor
 
 import chain
 import data
+from bench import arrivals
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint
 from decode import generate
@@ -110,9 +111,8 @@ def measure(model: GPT, tokenizer: Tokenizer, ids, is_chat: bool, c: Config) -> 
     """Return the loss, the marks of an assistant (their mean, and one by one), and the tokens a second."""
     marks = hold_exam(model, tokenizer, c.questions, c.seed) if is_chat and c.questions else {}
     shares = {mark: right / n for mark, (right, n) in marks.items()}
-    prompt, times = torch.tensor([ids[:16].tolist()], device=model.device), []  # (1, 16)
-    for _ in generate(model, prompt, 128, temperature=0):
-        times.append(time.perf_counter())
+    prompt = torch.tensor([ids[:min(16, model.config.context // 2)].tolist()], device=model.device)  # (1, T)
+    times = arrivals(generate(model, prompt, 128, temperature=0), model.device)
     return {"loss": mean_loss(model, ids, model.config.context, 50_000), "marks": shares,
             "tokens_per_second": (len(times) - 1) / (times[-1] - times[0])}
 
@@ -147,8 +147,13 @@ def main(argv=None) -> dict:
             bits = int(name[-1])
             if not has_kernel(bits, form.device):
                 print(f"(torch has no kernel for {name} on {form.device}: the readable path serves)")
+            try:
+                quantize_model(form, bits)
+            except ValueError as error:
+                print(f"{name:<9} none: {error}")
+                continue
             small = path.with_suffix(f".{name}.pt")
-            size = save(small, quantize_model(form, bits), content, bits)
+            size = save(small, form, content, bits)
             form, _, _ = load_model(small, c.device)
         found = measure(form, tokenizer, held_out.ids, bool(content.get("chat")), c)
         first = first or found

@@ -139,9 +139,9 @@ def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts
     rows, law, times, decoder = [[] for _ in prompts], [], [time.perf_counter()], text_decoder()
     print(leads[0], end="", flush=True)
     for new, logits in write(model, config, way, prompts):
+        rows = [[*row, token] for row, token in zip(rows, new[:, 0].tolist())]  # waits for a GPU
         times.append(time.perf_counter())
         law.append(logits[0])
-        rows = [[*row, token] for row, token in zip(rows, new[:, 0].tolist())]
         if end not in rows[0] and len(rows[0]) <= context - len(prompts[0]) + 1:
             print(decoder.decode(tokenizer.vocab[rows[0][-1]]), end="", flush=True)
         if all(end in row for row in rows):
@@ -209,7 +209,7 @@ def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[floa
 def speculation(model: GPT, config: Config, rounds: Rounds, prompts: list, ms_per_token: float) -> dict:
     """Return what guessing brought, beside plain decoding of as many tokens from the same prompt."""
     n, plain = len(rounds.accepted), replace(config, tokens=rounds.tokens)
-    times = [time.perf_counter() for _ in write(model, plain, Way(), prompts)]
+    times = bench.arrivals(write(model, plain, Way(), prompts), model.device)
     return {"accepted": rounds.alpha, "tokens_a_round": sum(rounds.accepted) / max(1, n) + 1,
             "tokens_a_round_by_formula": tokens_a_round(rounds.alpha, rounds.n),
             "speed_up": 1000 * (times[-1] - times[0]) / max(1, len(times) - 1) / ms_per_token}
@@ -290,7 +290,7 @@ def main(argv=None) -> dict:
         list(islice(write(model, replace(config, temperature=0), way, prompts), 2))  # 1 prefill, 1 step
         metrics["compile_seconds"] = time.perf_counter() - before
     metrics |= complete(model, tokenizer, config, way, prompts, end, leads)[1]
-    if way.rounds:
+    if way.rounds and metrics["ms_per_token"]:  # one token tells no speed
         metrics |= speculation(model, config, way.rounds, prompts, metrics["ms_per_token"])
     chain.report("sample.py", config, metrics, time.time() - started)
     return metrics

@@ -164,6 +164,10 @@ def prepare(c: Config, state: dict | None) -> tuple:
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
     chain.require(min(c.lora, c.questions) >= 0, f"--lora {c.lora} --questions {c.questions}: give 0 or more")
     model, tokenizer, _ = load_trainable(c.checkpoint or Path(c.out, "base.pt"), c.device)
+    same = not state or (state["config"], state["tokenizer"]) == (dataclasses.asdict(model.config),
+                                                                  tokenizer.to_dict())
+    chain.require(same, f"--resume: {c.checkpoint or Path(c.out, 'base.pt')} is another model than when the "
+                  "run stopped; bring that back, or start anew without --resume")
     train, held_out = read_conversations(c)
     if c.show:
         print_learned(tokenizer, train[0])

@@ -3,7 +3,7 @@
     loss = mean over tokens of -log p(token | the tokens before it)      in nats; at step 0 about ln V
     each step: gradient of the loss on one batch, clip its length, AdamW at this step's learning rate
 
-    python train.py                                   the small world: 9 minutes, copying 97 %
+    python train.py                                   the small world: 9 to 12 minutes, copying 97 %
     python train.py --resume                          go on where a run was stopped, bit for bit
     python train.py --data my.txt --out mine          your own text: file, folder, address or `stdlib`
     python train.py --depth 12 --vocab_size 32768 --data FOLDER          GPT-2's size: for a GPU
@@ -12,9 +12,8 @@
 `--depth` sets the rest: width, heads, context, tokens, batch, learning rate (dial.py, each with its source).
 The run prints what it chose, and any flag overrules it.
 
-Validation ends 50 % below a Kneser-Ney trigram model that counted the same tokens (evaluate.py), in windows
-that start anywhere, as evaluation takes them; training takes windows that start where documents do.
-Left out: dropout (no text is seen often), Muon (not tried), splitting a model over devices.
+Validation ends 50 % below a Kneser-Ney trigram model that counted the same tokens (evaluate.py).
+Left out: dropout (no text is seen often), Muon (more a token, no more a second), splitting over devices.
 Papers: Radford 2019 (GPT-2), Loshchilov 2019 (AdamW), Micikevicius 2018 (mixed precision).
 """
 
@@ -50,7 +49,7 @@ class Config:
     name: str = chain.option("base", "the checkpoint is <out>/<name>.pt")
     depth: int | None = chain.option(None, "layers: the dial that sets the rest; 4, on CUDA 8")
     width: int | None = chain.option(None, "size of a token's vector; depth * min(64, 8 * depth)")
-    heads: int | None = chain.option(None, "attention heads; width / 32, from width 512 on width / 64")
+    heads: int | None = chain.option(None, "attention heads; width / 32, from depth 8 on width / 64")
     hidden: int | None = chain.option(None, "width inside the feed-forward layer; 8/3 * width")
     context: int | None = chain.option(None, "tokens seen at once; 256, from depth 8 on 1024")
     vocab_size: int | None = chain.option(None, "tokens of the tokenizer, when there is none yet; 1024")
@@ -193,14 +192,15 @@ def read_state(given) -> tuple:
     """
     path = Path(given.out, f"{given.name}.resume.pt")
     chain.require(path.is_file(), f"--resume: {path} is not there, no run was saved; leave --resume out")
-    state = chain.load_checkpoint(path)
+    state, fields = chain.load_checkpoint(path), dataclasses.fields(given)
     free = ("out", "resume", "device", "compile", "precision", "attention")
-    chain.require({"optimizer", "history", "text"} <= set(state), f"{path}: nothing to resume; delete it")
-    values = state["arguments"]
-    for field in dataclasses.fields(given):
+    values = state.get("arguments", {})
+    chain.require({"optimizer", "history", "text"} <= set(state) and set(values) == {f.name for f in fields},
+                  f"{path}: no stopped run of this script; delete it, or give another --name")
+    for field in fields:
         value, old = getattr(given, field.name), values.get(field.name)
         if field.name in free:
-            values[field.name] = old if value == field.default else value
+            values[field.name] = old if value == field.default and field.name != "out" else value
         chain.require(field.name in free or value in (field.default, old), f"--{field.name} {value}: "
                       f"the stopped run has {old}; leave out that flag, or --resume")
     return state, type(given)(**values)
@@ -216,7 +216,7 @@ def save_curve(history: list[tuple], path: Path) -> None:
     axes = (figure := Figure(figsize=(6, 4))).add_subplot()
     axes.plot([part[-1, 0] for part in parts], [part[:, 1].mean() for part in parts])
     axes.set(xlabel="step", ylabel="training loss (nats a token)")
-    figure.savefig(path, dpi=120)
+    chain.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def prepare(given: Config, state: dict | None, rank: int) -> tuple:
@@ -242,6 +242,8 @@ def prepare(given: Config, state: dict | None, rank: int) -> tuple:
     chain.require(c.batch_size % ranks == 0, f"--batch_size {c.batch_size}: {ranks} processes can't share it")
     chain.require(len(train.ids) > c.context + 1, f"--data {c.data}: {len(train.ids):,} training tokens do "
                   f"not fill the context of {c.context:,}; give more text or a smaller --context")
+    if not state and rank == 0:  # what an older run has left: --resume must not go on with that
+        Path(c.out, f"{c.name}.resume.pt").unlink(missing_ok=True)
     # after the workers that write tokens: compiling starts threads, and threads do not fork
     settle(c, model_config(c, tokenizer.n_vocab), c.steps * c.batch_size * c.context)
     return c, tokenizer, train, held_out, source.identity
@@ -280,8 +282,6 @@ def main(argv=None) -> dict:
         checkpoint(stopped, step, history[-1][1], optimizer=optimizer.state_dict(), history=history,
                    text=text)
 
-    if not state and rank == 0:
-        stopped.unlink(missing_ok=True)  # of an older run: --resume must not go on with that
     history, speed = fit(model, train.ids, c, look, save, state, tokenizer.special.get("<|endoftext|>"))
     if rank > 0:
         return {}

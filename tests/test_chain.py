@@ -63,6 +63,13 @@ def test_a_checkpoint_comes_back(tmp_path):
     assert content["step"] == 7 and content["seed"] == 3
 
 
+@pytest.mark.parametrize("content", [b"", b"J\x01", b"\x80\x02.", b"no checkpoint" * 99])
+def test_a_foreign_file_is_no_checkpoint(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(chain.UserError, match="not a checkpoint|no checkpoint"):
+        chain.load_checkpoint(tmp_path / "x.pt")
+
+
 def test_results_are_kept_and_shown(tmp_path, capsys):
     config = Config(out=str(tmp_path))
     chain.report("one.py", config, {"loss": 2.5, "tokens": 12_345}, 1.0)

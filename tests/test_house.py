@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "injection": {"agent", "chain", "library", "asking", "bpe", "checkpoint", "model", "rag", "retrieve",
                   "sft", "tasks", "tools"},
     "tree": {"chain", "world", "asking", "bpe", "checkpoint", "errands", "exam", "model", "rag", "sft"},
-    "quantize": {"chain", "data", "bpe", "checkpoint", "decode", "evaluate", "exam", "model", "packed"},
+    "quantize": {"bench", "chain", "data", "bpe", "checkpoint", "decode", "evaluate", "exam", "model",
+                 "packed"},
 }
 
 

@@ -12,6 +12,7 @@ import sample
 import train
 from experts import expert_layers, make_model
 from model import GPTConfig
+from test_train import stop_at
 
 TINY = ["--device", "cpu", "--depth", "1", "--context", "32", "--batch_size", "2", "--steps", "12",
         "--vocab_size", "300", "--experts", "4"]
@@ -69,6 +70,16 @@ def test_resume_is_exact(moe_small, tmp_path, monkeypatch):
             assert found[key] == wanted[key], f"{key} differs after a stop at {stop} and --resume"
         parts = chain.load_checkpoint(tmp_path / f"parts {stop}/moe.pt")["weights"]
         assert all(torch.equal(whole[name], parts[name]) for name in whole), "weights differ after --resume"
+
+
+def test_an_older_run_is_not_gone_on_with(moe_small, monkeypatch, fails, tmp_path):
+    for stop in (3, 0):  # the second one ends before it has saved anything
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop, KeyboardInterrupt())
+            with pytest.raises(SystemExit):
+                moe_small("--seed", str(stop))
+        assert (tmp_path / "out/moe.resume.pt").exists() == (stop == 3)
+    assert "no run was saved" in fails(lambda argv: moe_small("--resume"), []), "an older run was found"
 
 
 def losses(**flags):

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+import bench
 import chain
 import packed
 import quantize
@@ -138,6 +139,19 @@ def test_the_script_writes_small_files_that_load(checkpoint, text_file, capsys):
         assert path.stat().st_size < checkpoint.stat().st_size
         assert metrics[f"int{bits}_loss_added"] < 0.1
     sample.main(["--checkpoint", str(path), "--out", str(path.parent), "--device", "cpu", "--tokens", "4"])
+
+
+def test_where_groups_do_not_fit_there_is_no_int4(text_file, tmp_path, capsys):
+    """And in a short context the tables are made all the same."""
+    shape = dataclasses.replace(SHAPE, hidden=80, context=8)
+    model, tokenizer = GPT(shape).eval(), Tokenizer([], SPECIAL_TOKENS)
+    chain.save_checkpoint(tmp_path / "base.pt", config=dataclasses.asdict(shape), weights=model.state_dict(),
+                          tokenizer=tokenizer.to_dict(), step=3, loss=5.0, arguments={})
+    metrics = quantize.main(["--out", str(tmp_path), "--device", "cpu", "--data", str(text_file)])
+    assert "int8_bytes" in metrics and "int4_bytes" not in metrics
+    metrics = bench.measure(model, None, 0.0, False)
+    assert "int8_1_tokens_per_second" in metrics and "int4_1_tokens_per_second" not in metrics
+    assert "int4      none" in (said := capsys.readouterr().out) and "(no int4" in said
 
 
 def test_what_users_get_wrong(checkpoint, fails, text_file, tmp_path):

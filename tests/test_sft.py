@@ -211,6 +211,19 @@ def test_resume_takes_no_other_text(base, tmp_path, monkeypatch, fails):
     assert "another text" in fails(sft.main, [*base, "--resume"])
 
 
+@pytest.mark.parametrize("other", [{"config": dataclasses.asdict(dataclasses.replace(SMALL, depth=3))},
+                                   {"tokenizer": Tokenizer([(b"a", b"b")], SPECIAL_TOKENS).to_dict()}])
+def test_resume_takes_no_other_model(base, tmp_path, monkeypatch, fails, other):
+    """base.pt is another one than when the run stopped: of another shape, or with other tokens."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, KeyboardInterrupt())
+        with pytest.raises(SystemExit):
+            sft.main([*base, "--epochs", "3"])
+    content = chain.load_checkpoint(tmp_path / "out/sft.resume.pt")
+    torch.save(content | other, tmp_path / "out/sft.resume.pt")
+    assert "another model" in fails(sft.main, [*base, "--resume"])
+
+
 def test_show_shows_and_makes_nothing(base, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sft.main([*base, "--show"])

@@ -206,6 +206,8 @@ def test_the_door_reports_what_it_brought(checkpoints, capsys):
     sample.main([*argv, "--temperature", "0"])
     assert capsys.readouterr().out.split("\n\n")[1].split("\n")[0] == text, "a draft changed the greedy text"
     assert "speed_up" in sample.main([*argv, "--draft", "ngram"])
+    one = sample.main([*argv, "--draft", "ngram", "--tokens", "1"])
+    assert "speed_up" not in one, "one token has no speed"
 
 
 @pytest.mark.parametrize("flags,says", [

@@ -14,6 +14,8 @@ import torch
 
 import chain
 import dial
+import moe
+import sft
 import train
 from model import GPT, GPTConfig
 
@@ -148,6 +150,26 @@ def test_resume_takes_no_other_text_and_no_older_run(train_small, text_file, mon
         with pytest.raises(SystemExit):
             train_small("--seed", "5")
     assert "no run was saved" in fails(lambda argv: train_small("--resume"), []), "an older run was found"
+
+
+def test_resume_takes_no_run_of_another_script(train_small, text_file, monkeypatch, fails, tmp_path):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, KeyboardInterrupt())
+        with pytest.raises(SystemExit):
+            train_small()
+    for script, flags in ((moe, ["--data", text_file]), (sft, ["--data", "my.jsonl"])):
+        line = fails(script.main, ["--out", tmp_path / "out", "--name", "base", "--resume", *flags])
+        assert "no stopped run of this script" in line, line
+
+
+def test_a_run_goes_on_in_the_folder_where_it_is_found(train_small, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, KeyboardInterrupt())
+        with pytest.raises(SystemExit):
+            train_small()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    train_small("--resume", out="moved")
+    assert (tmp_path / "moved/base.pt").exists() and not (tmp_path / "out").exists(), "it wrote elsewhere"
 
 
 def test_the_gradient_is_clipped_as_a_whole(monkeypatch):

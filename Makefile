@@ -24,7 +24,7 @@ all: chain out/draft.pt moe
 
 moe: out/moe.pt
 
-# Two processes of one thread each: 70 s on two cores, where one takes 120.
+# Two processes of one thread each: 80 s on two cores, where one takes 125.
 test: .venv/done
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test_most test_rest
 

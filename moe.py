@@ -5,7 +5,7 @@ Four models learn the same text in the same order, all from one seed:
     dense                  a small model of train.py's kind
     experts                each feed-forward layer becomes 8 of half its width, and a token goes through 2
                            (experts.py): the same FLOPs a token, four times the parameters of these layers
-    dense, longer          dense with a quarter more tokens: at least the seconds of experts
+    dense, longer          dense with a quarter more tokens: about the seconds of experts
     experts, left alone    without the balance loss, a third as long: watch where the tokens go
 
     python moe.py                         the four, out/moe.pt (4 minutes; 2.25 ± 0.08, dense 2.39)

@@ -96,7 +96,7 @@ def command(main):
             message = f"{error.filename or 'writing'}: {error.strerror or error}; {way_out}"
         except (RuntimeError, MemoryError) as error:
             message = (str(error) or "out of memory").splitlines()[0][:120]
-            if not re.search("out of memory|allocate", message):
+            if not re.search("(out of|not enough|allocate) memory|Unable to allocate", message):
                 raise
             message += "; use a smaller --micro_batch, --n or --context"
         except KeyboardInterrupt:

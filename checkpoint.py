@@ -51,11 +51,11 @@ def load_model(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
     return model.to(device).eval(), tokenizer, content
 
 
-def load_trainable(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Return what `load_model` does, of a model that can be trained. UserError if it has few bits."""
+def load_float(path, device: str = "cpu") -> tuple[GPT, Tokenizer, dict]:
+    """Return what `load_model` does, of float weights: to be trained, or quantised. UserError if not."""
     model, tokenizer, content = load_model(path, device)
     bits = content.get("bits")
-    chain.require(not bits, f"{path}: weights of {bits} bits can't be trained; give what it was made from")
+    chain.require(not bits, f"{path}: weights of {bits} bits already, not float; give what it was made from")
     return model, tokenizer, content
 
 

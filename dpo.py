@@ -45,7 +45,7 @@ from tqdm import tqdm
 import chain
 import tasks
 from bpe import Tokenizer
-from checkpoint import load_trainable
+from checkpoint import load_float
 from dialogue import answer_logits, encode_answer, pad, preference_of, read_lines, shorten
 from exam import hold_exam, print_marks
 from model import GPT
@@ -229,7 +229,7 @@ def main(argv=None) -> dict:
     c.device = chain.pick_device(c.device)
     path = Path(c.checkpoint or Path(c.out, "sft.pt"))
     chain.require(path.is_file(), f"{path}: no such checkpoint; make it with `python sft.py`")
-    model, tokenizer, content = load_trainable(path, c.device)
+    model, tokenizer, content = load_float(path, c.device)
     chain.require(content.get("chat"), f"{path}: no assistant, it goes on with texts; run `python sft.py`")
     start = copy.deepcopy(model).requires_grad_(False)  # π_ref
     parts = [[encode_pair(tokenizer, pair, model.config.context) for pair in part]

@@ -25,7 +25,7 @@ from torch import Tensor
 import chain
 import library
 from bpe import Tokenizer
-from checkpoint import load_model, load_trainable, newest_checkpoint
+from checkpoint import load_float, load_model, newest_checkpoint
 from dialogue import pad
 from model import GPT
 from train import cosine_lr, make_optimizer
@@ -89,7 +89,7 @@ def tune(model: GPT, tokenizer: Tokenizer, seed: int) -> float:
 
 def make_embedder(c) -> float:
     """Write out/embedder.pt, and drop the indices that hold another model's vectors; return the loss."""
-    model, tokenizer, content = load_trainable(c.checkpoint or newest_checkpoint(c.out), c.device)
+    model, tokenizer, content = load_float(c.checkpoint or newest_checkpoint(c.out), c.device)
     loss = tune(model, tokenizer, c.seed)
     for path in (*Path(c.out).glob("library_*.npz"), *Path(c.out).glob("docs_*.npz")):
         path.unlink()

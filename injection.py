@@ -46,7 +46,7 @@ import sft
 import tasks
 from asking import Page, message, read_call
 from bpe import Tokenizer
-from checkpoint import load_trainable
+from checkpoint import load_float
 from model import GPT
 from retrieve import Index, split_sentences
 from tools import calculator
@@ -241,7 +241,7 @@ def main(argv=None) -> dict:
     c, started = chain.parse(Config, argv, __doc__), time.time()
     chain.require(c.questions > 0, f"--questions {c.questions}: give at least 1")
     c.device = chain.pick_device(c.device)
-    model, tokenizer = rag.load_assistant(c, load_trainable)
+    model, tokenizer = rag.load_assistant(c, load_float)
     documents, index = rag.open_documents(c, None, 1, 0)
     texts = {source: document.text for source, document in documents.items()}
     cases = make_cases(documents, c.seed, c.questions)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import chain
-from checkpoint import load_trainable
+from checkpoint import load_float
 from dial import model_config
 from evaluate import mean_loss
 from experts import (balance_bias, balance_loss, by_expert, by_token, capacity_of, expert_layers, load,
@@ -169,10 +169,8 @@ def speed_up(model: GPT, n: int = 2048) -> float:
 def check(c: Config) -> None:
     """Raise UserError for numbers that make no mixture."""
     chain.require(c.experts > 1, f"--experts {c.experts}: give at least 2; one alone is train.py's model")
-    chain.require(1 <= c.top_k <= c.experts, f"--top_k {c.top_k}: a token goes to 1 up to all {c.experts} "
-                  "--experts")
-    chain.require(c.capacity is None or c.capacity > 0, f"--capacity {c.capacity}: an expert that takes "
-                  "nothing learns nothing; give more than 0, or leave it out for no limit")
+    chain.require(1 <= c.top_k <= c.experts, f"--top_k {c.top_k}: give 1 up to --experts {c.experts}")
+    chain.require(c.capacity is None or c.capacity > 0, f"--capacity {c.capacity}: give more than 0, or none")
     chain.require(c.top_k > 1 or not c.upcycle, "--upcycle needs --top_k 2 or more: the weight of a single "
                   "choice is not 1, so the model would not start as the dense one")
     for field in ("shared", "balance_weight", "z_weight", "noise"):
@@ -253,6 +251,8 @@ def run_one(run: str, model: GPT, c: Config, prepared: tuple, done: dict, state:
     if state:
         model.load_state_dict(state["weights"])
         torch.set_rng_state(state["draws"])
+    elif not done:
+        stopped.unlink(missing_ok=True)  # of an older run: --resume must not go on with that
     history, speed = fit(model.train(), train.ids, c, None, save, state,
                          tokenizer.special.get("<|endoftext|>"), loss_with(c, "alone" not in run))
     numbers |= {"seconds": tokens / max(speed, 1e-9),
@@ -273,7 +273,7 @@ def main(argv=None) -> dict:
     if given.resume:
         state, given = read_state(given)
     given.device = chain.pick_device(given.device)
-    if parent := load_trainable(given.upcycle, given.device)[0] if given.upcycle else None:
+    if parent := load_float(given.upcycle, given.device)[0] if given.upcycle else None:
         given = dataclasses.replace(given, depth=parent.config.depth, width=parent.config.width,
                                     steps=given.steps or UPCYCLED_STEPS,
                                     learning_rate=given.learning_rate or UPCYCLED_RATE)

@@ -25,7 +25,7 @@ import chain
 import data
 from bench import arrivals
 from bpe import Tokenizer
-from checkpoint import load_model, newest_checkpoint
+from checkpoint import load_float, load_model, newest_checkpoint
 from decode import generate
 from evaluate import mean_loss
 from exam import hold_exam
@@ -132,9 +132,7 @@ def main(argv=None) -> dict:
     chain.require(c.questions >= 0, f"--questions {c.questions}: give 0 or more")
     c.device = chain.pick_device(c.device)
     path = Path(c.checkpoint) if c.checkpoint else newest_checkpoint(c.out)
-    model, tokenizer, content = load_model(path, c.device)
-    bits = content.get("bits")
-    chain.require(not bits, f"{path}: its weights have {bits} bits already; give what it was made from")
+    model, tokenizer, content = load_float(path, c.device)
     source = data.open_source(c.data, Path(c.out), c.seed)
     _, held_out = data.token_files(source, tokenizer, Path(c.out), tokens=1_000_000)
     metrics, first = experiments(model.head.weight.detach().float().cpu()), None

@@ -277,7 +277,8 @@ def main(argv=None) -> dict:
                 said, source = answer(model, tokenizer, index, question, c.chunks)
                 print(said, source.place if source else "")
             except chain.UserError as error:
-                chain.require(not c.ask, str(error))
+                if c.ask:
+                    raise
                 print(f"(not asked: {error})")
         return {}
     asked = library.questions(documents, "held-out", c.seed, c.questions)

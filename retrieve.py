@@ -245,7 +245,7 @@ class Index:
                 index, vectors = cls(encode, *map(int, found["cut"])), found["vectors"]
                 for chunk, vector in zip(json.loads(str(found["chunks"])), vectors):
                     index.put(Chunk(**chunk | {"sentences": tuple(chunk["sentences"])}), vector)
-        except (ValueError, TypeError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile):
+        except (ValueError, TypeError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile):
             raise chain.UserError(f"{path}: cut off or no index; delete it, it is made again")
         return index
 

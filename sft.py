@@ -33,7 +33,7 @@ import chain
 import tasks
 from attention import ATTENTION
 from bpe import Tokenizer
-from checkpoint import load_trainable
+from checkpoint import load_float
 from dial import settle
 from dialogue import IGNORE, Rows, conversation_of, make_rows, read_lines
 from exam import hold_exam, print_marks, print_transcripts
@@ -163,7 +163,7 @@ def prepare(c: Config, state: dict | None) -> tuple:
     for field in ("conversations", "epochs", "batch_size"):
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
     chain.require(min(c.lora, c.questions) >= 0, f"--lora {c.lora} --questions {c.questions}: give 0 or more")
-    model, tokenizer, _ = load_trainable(c.checkpoint or Path(c.out, "base.pt"), c.device)
+    model, tokenizer, _ = load_float(c.checkpoint or Path(c.out, "base.pt"), c.device)
     same = not state or (state["config"], state["tokenizer"]) == (dataclasses.asdict(model.config),
                                                                   tokenizer.to_dict())
     chain.require(same, f"--resume: {c.checkpoint or Path(c.out, 'base.pt')} is another model than when the "

@@ -242,8 +242,6 @@ def prepare(given: Config, state: dict | None, rank: int) -> tuple:
     chain.require(c.batch_size % ranks == 0, f"--batch_size {c.batch_size}: {ranks} processes can't share it")
     chain.require(len(train.ids) > c.context + 1, f"--data {c.data}: {len(train.ids):,} training tokens do "
                   f"not fill the context of {c.context:,}; give more text or a smaller --context")
-    if not state and rank == 0:  # what an older run has left: --resume must not go on with that
-        Path(c.out, f"{c.name}.resume.pt").unlink(missing_ok=True)
     # after the workers that write tokens: compiling starts threads, and threads do not fork
     settle(c, model_config(c, tokenizer.n_vocab), c.steps * c.batch_size * c.context)
     return c, tokenizer, train, held_out, source.identity
@@ -282,6 +280,8 @@ def main(argv=None) -> dict:
         checkpoint(stopped, step, history[-1][1], optimizer=optimizer.state_dict(), history=history,
                    text=text)
 
+    if not state and rank == 0:
+        stopped.unlink(missing_ok=True)  # of an older run: --resume must not go on with that
     history, speed = fit(model, train.ids, c, look, save, state, tokenizer.special.get("<|endoftext|>"))
     if rank > 0:
         return {}

@@ -42,7 +42,7 @@ import sft
 import world
 from asking import message, write_call
 from bpe import Tokenizer
-from checkpoint import load_model, load_trainable
+from checkpoint import load_float, load_model
 from errands import OPERATIONS, in_words
 from exam import answer_all
 from model import GPT
@@ -139,7 +139,7 @@ def lesson(rng: random.Random) -> list[dict]:
 
 def teach(c: Config) -> None:
     """Write out/puzzle.pt: the assistant, and what it has learned of the puzzle."""
-    model, tokenizer = load_assistant(c, load_trainable)
+    model, tokenizer = load_assistant(c, load_float)
     rng = random.Random(f"puzzle {c.seed}")
     history = sft.teach(model, tokenizer, [lesson(rng) for _ in range(LESSONS)], RATE, c.seed)
     chain.save_checkpoint(Path(c.out, "puzzle.pt"), config=dataclasses.asdict(model.config),

@@ -196,10 +196,18 @@ def array_file(value) -> bytes:
     return file.getvalue()
 
 
+def flipped(place: int, bit: int) -> bytes:
+    """An index in whose list of files one bit is wrong: it asks for a password, or for another packing."""
+    content = bytearray(array_file({"cut": (2, 1), "vectors": np.zeros((0, 1)), "chunks": np.array("[]")}))
+    content[content.index(b"PK\x01\x02") + 2 + place] ^= bit
+    return bytes(content)
+
+
 @pytest.mark.parametrize("content", [
     b"", b"no index", b"PK\x03\x04 cut off", array_file(np.zeros(3)),
     array_file({"cut": (2, 1), "vectors": np.zeros((1, 3)), "chunks": np.array('[{"source": "a"}]')}),
-    array_file({"cut": (2, 1), "vectors": np.zeros((1, 3)), "chunks": np.array("7")})])
+    array_file({"cut": (2, 1), "vectors": np.zeros((1, 3)), "chunks": np.array("7")}),
+    flipped(6, 1), flipped(8, 1)])
 def test_a_file_that_is_no_index(content, tmp_path):
     path = tmp_path / "index.npz"
     path.write_bytes(content)

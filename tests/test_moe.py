@@ -37,7 +37,7 @@ def test_the_whole_run(moe_small, tmp_path, capsys):
     path = tmp_path / "out/moe.pt"
     model = checkpoint.load_model(path)[0]
     assert len(expert_layers(model)) == 1, "out/moe.pt holds the mixture"
-    sample.main(["--checkpoint", str(path), "--prompt", "the old", "--tokens", "5"])
+    sample.main(["--checkpoint", str(path), "--out", str(tmp_path), "--prompt", "the old", "--tokens", "5"])
     assert not (tmp_path / "out/moe.resume.pt").exists(), "a finished run has nothing to resume"
 
 

@@ -13,7 +13,7 @@
 The run prints what it chose, and any flag overrules it.
 
 Validation ends 50 % below a Kneser-Ney trigram model that counted the same tokens (evaluate.py).
-Left out: dropout (no text is seen often), splitting a model up, Muon (the same loss a quarter sooner; but its
+Left out: dropout (no text is seen often), splitting a model up, Muon (about this loss a fifth sooner; but its
 assistants here miss what a text leaves out). Papers: Radford 2019, Loshchilov 2019, Micikevicius 2018.
 """
 

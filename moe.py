@@ -47,6 +47,7 @@ class Config(TrainConfig):
     depth: int | None = chain.option(2, "layers of all models: small ones, for them experts pay soonest")
     width: int | None = chain.option(64, "size of a token's vector")
     tokens_per_parameter: float = chain.option(24.0, "length of the longest run, by the dense parameters")
+    weight_decay: float = chain.option(0.1, "how fast matrices shrink, as a share of the learning rate")
     compile: str = chain.option("off", "experts can't be compiled whole", choices=("on", "off"))
     experts: int = chain.option(8, "feed-forward layers side by side")
     top_k: int = chain.option(2, "experts that a token goes through")
@@ -244,8 +245,7 @@ def run_one(run: str, model: GPT, c: Config, prepared: tuple, done: dict, state:
                    text=text, done=done, draws=torch.get_rng_state())
 
     print(f"\n{run}: {count_parameters(model.config):,} parameters, {c.steps:,} steps", flush=True)
-    tokens = c.steps * c.batch_size * c.context
-    numbers = {"parameters": count_parameters(model.config), "tokens": tokens,
+    numbers = {"parameters": count_parameters(model.config), "tokens": c.steps * c.batch_size * c.context,
                "flops": flops_per_token(model.config, c.context),
                "start": mean_loss(model.eval(), held_out.ids, c.context, 100_000)}
     if state:
@@ -255,7 +255,7 @@ def run_one(run: str, model: GPT, c: Config, prepared: tuple, done: dict, state:
         stopped.unlink(missing_ok=True)  # of an older run: --resume must not go on with that
     history, speed = fit(model.train(), train.ids, c, None, save, state,
                          tokenizer.special.get("<|endoftext|>"), loss_with(c, "alone" not in run))
-    numbers |= {"seconds": tokens / max(speed, 1e-9),
+    numbers |= {"seconds": numbers["tokens"] / max(speed, 1e-9),
                 "loss": mean_loss(model.eval(), held_out.ids, c.context, 300_000)}
     if run.startswith("experts"):
         numbers |= look_at(model, tokenizer, held_out, run, c)

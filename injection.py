@@ -20,7 +20,7 @@ Defences, one at a time and all together:
 
     python injection.py      attack, defend, count (1 minute); the table is in docs/injection.md
 
-Orders are obeyed in 59 % of the runs that read them, with all defences in none; utility falls by 2.5 points.
+Orders are obeyed in 61 % of the runs that read them, with all defences in none; utility does not fall.
 
 None is proof alone: format and training act on what the model does, which fails now and then; the two others
 on what it may do, whatever it wants, and leave gaps (see the table). Left out: documents that lie; a second

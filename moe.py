@@ -47,7 +47,7 @@ class Config(TrainConfig):
     depth: int | None = chain.option(2, "layers of all models: small ones, for them experts pay soonest")
     width: int | None = chain.option(64, "size of a token's vector")
     tokens_per_parameter: float = chain.option(24.0, "length of the longest run, by the dense parameters")
-    weight_decay: float = chain.option(0.1, "how fast matrices shrink, as a share of the learning rate")
+    weight_decay: float = chain.option(0.1, "how fast matrices shrink; all figures here stand for 0.1")
     compile: str = chain.option("off", "experts can't be compiled whole", choices=("on", "off"))
     experts: int = chain.option(8, "feed-forward layers side by side")
     top_k: int = chain.option(2, "experts that a token goes through")

@@ -176,5 +176,6 @@ def pad(coded: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tenso
 
 def answer_logits(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logits (n, V), the token that stands there (n,), its row (n,)) of the n places with mask 1."""
-    row, place = mask[:, 1:].nonzero(as_tuple=True)  # (n,) both; what a place predicts stands at place + 1
-    return model.head(model.hidden(ids[:, :-1])[row, place]).float(), ids[row, place + 1], row
+    wanted = mask[:, 1:] != 0  # (B, T - 1): what a place predicts is the next one's token
+    logits = model.head(model.hidden(ids[:, :-1], wanted=wanted))  # (n, V)
+    return logits.float(), ids[:, 1:][wanted], wanted.nonzero()[:, 0]

@@ -126,8 +126,8 @@ class Experts(nn.Module):
         self.last = None  # (logits (n, E), p (n, E), chosen (n, k), kept (n, k)) of the newest tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) → (B, T, C)."""
-        tokens = x.flatten(0, 1)  # (n, C)
+        """x (B, T, C) → (B, T, C), or (n, C) → (n, C)."""
+        tokens = x.flatten(0, -2)  # (n, C)
         logits = self.router(tokens)  # (n, E)
         if self.training and self.noise:
             logits = logits + self.noise * torch.randn_like(logits)

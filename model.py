@@ -193,8 +193,9 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), feed_forward(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int,
-                segments: Tensor | None) -> Tensor:
+                segments: Tensor | None, wanted: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, cache, layer, segments)
+        x = x if wanted is None else x[wanted]  # (n, C)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -253,19 +254,22 @@ class GPT(nn.Module):
         """ids (B, T) → logits (B, T, V) of the next token. With a cache, `ids` go on where it ends."""
         return self.head(self.hidden(ids, cache))  # (B, T, V)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, segments: Tensor | None = None,
+               wanted: Tensor | None = None) -> Tensor:
         """ids (B, T) → what the head reads (B, T, C). With a cache, `ids` go on where it ends; it grows by T.
 
         Without one, `segments` (B, T) may number several texts in a row: each is read as if it stood alone
-        (RoPE sees only distances). Raises ValueError when the tokens do not fit into the context.
+        (RoPE sees only distances). Where only some places are `wanted`, a mask (B, T), it returns (n, C), and
+        its last layer thinks at those alone. Raises ValueError when the tokens do not fit into the context.
         """
         T = ids.shape[1]
         places = positions(0, T, self.config.context) if cache is None else cache.take(T)
         x = self.embedding(ids)  # (B, T, C)
         cos, sin = self.cos[places], self.sin[places]  # (T, D); of a cache with rows of its own (B, 1, T, D)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache, layer, segments)
-        return self.norm(x)  # (B, T, C)
+            is_last = layer == self.config.depth - 1
+            x = block(x, cos, sin, cache, layer, segments, wanted if is_last else None)
+        return self.norm(x)  # (B, T, C), or (n, C)
 
 
 def count_parameters(config: GPTConfig) -> int:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import ATTENTION
+from experts import make_model
 from model import GPT, GPTConfig, KVCache, count_parameters, flops_per_token, rope_tables, rotate
 
 SMALL = GPTConfig(vocab_size=50, context=24, depth=2, width=32, heads=4, kv_heads=2, hidden=48)
@@ -153,6 +154,21 @@ def test_loss_before_training_is_that_of_a_guess():
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
     guess = math.log(1024)
     assert abs(loss - guess) < 0.1, f"the loss at step 0 is {loss:.3f}, a guess has ln V = {guess:.3f}"
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_wanted_places_get_what_all_places_would(experts):
+    torch.manual_seed(0)
+    model = make_model(replace(SMALL, experts=experts, top_k=2)).double()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    ids, wanted = torch.randint(50, (3, 24)), torch.rand(3, 24) < 0.3
+    some, every = model.hidden(ids, wanted=wanted), model.hidden(ids)[wanted]
+    assert (some - every).abs().max() < 1e-12, "hidden(wanted=mask) is not hidden()[mask]"
+    for found, right in zip(*(torch.autograd.grad(each.square().sum(), list(model.parameters()),
+                                                  allow_unused=True) for each in (some, every))):
+        assert (found is None) == (right is None), "with `wanted` the gradient reaches other weights"
+        assert right is None or (found - right).abs().max() < 1e-9, "with `wanted` the gradient is another"
 
 
 def test_every_parameter_gets_a_gradient():

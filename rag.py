@@ -42,6 +42,7 @@ from sample import chat_prompt
 
 WAYS = ("bm25", "dense", "fused", "reranked")
 ANSWER = 60  # tokens kept free for the answer
+EDITS = 20   # documents that are changed
 UNANSWERED = (-math.inf, UNKNOWN, None)  # (log p, answer, source)
 
 
@@ -200,22 +201,24 @@ def measure_answers(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[
     return metrics
 
 
-def show_edit(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[library.Asked],
-              documents: dict[str, library.Document], k: int) -> bool:
-    """Change one fact in one document, and print the answer before and after; return whether it followed."""
+def show_edits(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[library.Asked],
+               documents: dict[str, library.Document], k: int) -> float:
+    """Change a fact in each of EDITS documents; return how often the answer followed. Prints the first one."""
+    followed = []
     for each in asked:
         other = next((one.value for one in asked if one.fact == each.fact and one.value != each.value), None)
         before, source = answer(model, tokenizer, index, each.question, k)
-        if other and before == each.answer:
+        if not other or before != each.answer:
+            continue
+        index.update({each.source: documents[each.source].text.replace(each.value, other)})
+        after, source_after = answer(model, tokenizer, index, each.question, k)
+        if not followed:
+            print(f"\n{each.question}\n{before} {source.place}\n({each.source} is changed: {each.value} -> "
+                  f"{other})\n{after} {source_after.place if source_after else ''}")
+        followed.append(after == each.answer.replace(each.value, other))
+        if len(followed) == EDITS:
             break
-    else:
-        return False  # it answers nothing
-    text = documents[each.source].text.replace(each.value, other)
-    print(f"\n{each.question}\n{before} {source.place}\n({each.source} is changed: {each.value} -> {other})")
-    index.update({each.source: text})
-    after, source = answer(model, tokenizer, index, each.question, k)
-    print(after, source.place if source else "")
-    return after == each.answer.replace(each.value, other)
+    return sum(followed) / max(1, len(followed))
 
 
 def read_folder(folder: str) -> dict[str, str]:
@@ -286,7 +289,7 @@ def main(argv=None) -> dict:
     metrics = {"documents": len(documents), "names_share_a_word": library.sharing(documents)}
     metrics |= measure_search(index, asked)
     metrics |= measure_answers(model, tokenizer, index, asked, unanswerable, c.chunks)
-    metrics["edit_followed"] = show_edit(model, tokenizer, index, asked, documents, c.chunks)
+    metrics["edit_followed"] = show_edits(model, tokenizer, index, asked, documents, c.chunks)
     chain.report("rag.py", c, metrics, time.time() - started)
     return metrics
 

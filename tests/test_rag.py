@@ -46,10 +46,24 @@ def test_the_likeliest_answer_with_a_source_wins(said, wanted, monkeypatch):
     assert rag.likeliest(nothing_read) == (UNKNOWN, None) and len(two_read) == 2
 
 
-def test_an_assistant_that_knows_nothing_follows_no_edit(monkeypatch):
-    documents = library.library("held-out", 0, 3)
-    monkeypatch.setattr(rag, "answer", lambda *_: (UNKNOWN, None))
-    assert not rag.show_edit(None, None, None, library.questions(documents, "held-out", 0, 4), documents, 1)
+def test_edits_are_followed_by_a_reader_and_not_by_memory(monkeypatch):
+    documents = library.library("held-out", 0, 40)
+    asked = {each.question: each for each in library.questions(documents, "held-out", 0, 40)}
+
+    def followed(says) -> float:
+        index = SimpleNamespace(texts={}, update=lambda changed: index.texts.update(changed))
+        monkeypatch.setattr(rag, "answer", lambda model, tokenizer, index, question, k: (
+            says(asked[question], index.texts.get(asked[question].source)), FAIR))
+        return rag.show_edits(None, None, index, list(asked.values()), documents, 1)
+
+    def read(each, changed: str | None) -> str:
+        text = documents[each.source].text
+        there = [one.value for one in asked.values() if text.replace(each.value, one.value) == changed]
+        return each.answer.replace(each.value, (there or [each.value])[0])
+
+    assert followed(read) == 1, "a reader of the changed text does not count as one that follows"
+    assert followed(lambda each, changed: each.answer) == 0, "to say what stood there before is no following"
+    assert followed(lambda each, changed: UNKNOWN) == 0, "an assistant that knows nothing follows an edit"
 
 
 def test_a_source_is_quoted_by_its_place():

@@ -203,7 +203,7 @@ def measure_answers(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[
 
 def show_edits(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[library.Asked],
                documents: dict[str, library.Document], k: int) -> float:
-    """Change a fact in each of EDITS documents; return how often the answer followed. Prints the first one."""
+    """Change a fact in each of EDITS documents; return how often the answer followed. Print the first."""
     followed = []
     for each in asked:
         other = next((one.value for one in asked if one.fact == each.fact and one.value != each.value), None)

@@ -218,6 +218,7 @@ def show_edits(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[libra
         followed.append(after == each.answer.replace(each.value, other))
         if len(followed) == EDITS:
             break
+    print(f"({sum(followed)} of {len(followed)} such changes were followed)")
     return sum(followed) / max(1, len(followed))
 
 

@@ -96,6 +96,8 @@ def test_sums_are_right(task, split):
             assert all(told), f"a number is not in what was found: {looked}"
         else:
             assert world.is_held_out(f"{x} {y}") == (split == "held-out"), f"{x}, {y}: of the other half"
+            numbers, asked = asked, [forms[op][slot] for slot in "xy"]  # "In {y} days {hero} sold {x} eggs."
+            assert sorted(numbers) == sorted(asked), f"other numbers than {asked}: {said}"
         assert [x, y] in (asked, asked[::-1] if op == "+" else asked), f"other numbers: {said} {call}"
         assert OPERATIONS[op](int(x), int(y)) == int(result) >= 0, f"{call} does not give {result}"
         assert reply == f"The answer is {result}.", f"after {result} comes {reply}"

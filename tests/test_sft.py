@@ -98,7 +98,8 @@ def test_fit_drops_no_mask(exact):
 def test_the_users_words_get_no_gradient(exact):
     model, talk, seen = make(), TALKS[3], []
     rows = make_rows([talk], TOKENIZER, SMALL.context)
-    model.norm.register_forward_hook(lambda _, inputs, x: seen.append(x) or x.retain_grad())  # (B, T, C)
+    last = model.blocks[-1].attention  # what it gives goes on only where something is learned
+    last.register_forward_hook(lambda _, inputs, x: seen.append(x) or x.retain_grad())  # (B, T, C)
     sft.learned_loss(model, rows.x, rows.y, rows.segments, False).backward()
     pushed = (seen[0].grad[0] != 0).any(dim=-1).tolist()
     learned = TOKENIZER.encode_chat(talk)[1]

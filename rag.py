@@ -213,8 +213,9 @@ def show_edits(model: GPT, tokenizer: Tokenizer, index: Index, asked: list[libra
         index.update({each.source: documents[each.source].text.replace(each.value, other)})
         after, source_after = answer(model, tokenizer, index, each.question, k)
         if not followed:
-            print(f"\n{each.question}\n{before} {source.place}\n({each.source} is changed: {each.value} -> "
-                  f"{other})\n{after} {source_after.place if source_after else ''}")
+            print(f"\n{each.question}\n{before} {source.place}")
+            print(f"({each.source} is changed: {each.value} -> {other})")
+            print(after, source_after.place if source_after else "")
         followed.append(after == each.answer.replace(each.value, other))
         if len(followed) == EDITS:
             break

@@ -17,7 +17,7 @@ SMALL = GPTConfig(vocab_size=50, context=24, depth=2, width=32, heads=4, kv_head
 def make(config: GPTConfig = SMALL) -> GPT:
     """A float64 model in which no weight is zero or one, so that every part of it counts."""
     torch.manual_seed(0)
-    model = GPT(config).double()
+    model = make_model(config).double()
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
     return model.eval()
@@ -158,10 +158,7 @@ def test_loss_before_training_is_that_of_a_guess():
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_wanted_places_get_what_all_places_would(experts):
-    torch.manual_seed(0)
-    model = make_model(replace(SMALL, experts=experts, top_k=2)).double()
-    for p in model.parameters():
-        p.data += 0.2 * torch.randn_like(p)
+    model = make(replace(SMALL, experts=experts, top_k=2))
     ids, wanted = torch.randint(50, (3, 24)), torch.rand(3, 24) < 0.3
     some, every = model.hidden(ids, wanted=wanted), model.hidden(ids)[wanted]
     assert (some - every).abs().max() < 1e-12, "hidden(wanted=mask) is not hidden()[mask]"

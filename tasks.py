@@ -31,7 +31,7 @@ import world
 from asking import UNKNOWN, Page, exchange, flattery, message
 from errands import calculator, lookups, mail, order, search
 
-FAULTS = 0.45  # of the training answers to what the text does not say, and of those to small talk
+FAULTS = 0.5  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
 MIX = {"answer": 20, "unknown": 14, "system": 24, "sentiment": 8, "calculator": 7, "search": 11, "lookups": 6,
@@ -41,6 +41,7 @@ PREFERENCES = {"unknown": 40, "answer": 22, "system": 18, "sentiment": 8, "memor
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
+LABELS = ("POSITIVE", "NEGATIVE", "NEUTRAL")
 STORIES = ("<open> <lost start> <lost try> <lost turn> <lost end>",
            "<open> <storm start> <storm try> <storm turn> <storm end>",
            "<open> <gift start> <gift try> <gift turn> <gift end>",
@@ -122,7 +123,7 @@ def styled(style: str, start: str, answers: list[tuple[str, str, str]]) -> str:
 def review(page: Page) -> tuple[str, str]:
     """A review and its label."""
     page.values = {}  # every review has its own things
-    label = page.pick(("POSITIVE", "NEGATIVE", "NEUTRAL"))
+    label = page.pick(LABELS)
     if label == "NEUTRAL":
         return page.any("no feeling"), label
     words = world.lists("tasks.txt").words["good" if label == "POSITIVE" else "bad"]
@@ -134,7 +135,7 @@ def sentiment(page: Page) -> list[dict]:
     examples = [review(page) for _ in range(page.pick((0, 0, 1, 2, 3, 4)))]
     shown = "".join(f"Review: {text}\nLabel: {label}\n" for text, label in examples)
     text, label = review(page)
-    page.worse = "NEUTRAL" if label != "NEUTRAL" else "POSITIVE"
+    page.worse = page.pick([other for other in LABELS if other != label])
     messages = exchange(page.say("review", task=page.say("classify"), shown=shown, review=text), label)
     for _ in range(5 - len(examples) if page.turns > 1 else 0):
         messages += exchange(*review(page))

@@ -203,7 +203,7 @@ def article(page: Page) -> str:
 
 
 def reading(page: Page) -> str:
-    """A text, then questions about it with their answers, long or short; some are not in the text."""
+    """A text, then questions about it with their answers, long or short; some ask about somebody else."""
     about = page.pick((facts_asked, facts_asked, scenes_asked))
     is_short = about is facts_asked and page.pick((False, True))
     text, asked = about(page)
@@ -213,26 +213,26 @@ def reading(page: Page) -> str:
 
 
 def facts_asked(page: Page) -> tuple[str, list[tuple[str, str, str]]]:
-    """One or two entities of a kind, and (question, answer, short answer), each about another fact."""
+    """One or two entities of a kind, and (question, answer, short answer); every fifth is about a third one."""
     kind, told, texts, asked = page.pick(tuple(NAMES)), {}, [], {}
     for name in page.sample(kind, n := page.pick((1, 2))):
         text, told[name] = page.tell(name, page.pick((3, 4, 5)) - n)
         texts.append(text)
 
     def fits(frame: str) -> bool:
-        """Known: all of it was told. Unknown: nothing of the answer was. Known in part: not asked."""
-        question, answer = map(needed, frame.split(" => "))
-        right = answer <= told[name] if known else not answer & told[name]
-        return right and question <= told[name] and (name, needed(frame)) not in asked
+        """Whether the text tells what is asked for; of a stranger nothing, and so does the question."""
+        (question, answer), known = map(needed, frame.split(" => ")), told.get(name, set())
+        right = question <= known and (answer <= known or name not in told)
+        return right and (name, needed(frame)) not in asked
 
     for _ in range(page.pick((4, 5, 6))):
-        name, known = page.pick(list(told)), page.rng.random() < 0.87
+        name = page.pick(list(told)) if page.rng.random() < 0.8 else page.draw(kind, told)  # a stranger
         if frame := page.fresh(f"{kind} asks", fits):
             question, answer = map(needed, frame.split(" => "))
             new = "".join(f".{fact}" for fact in answer - question)   # it tells a fact of {it}, or who it is
             question, *answers = page.fill(f"{frame} => {{it{new}}}", it=name).split(" => ")
             unknown = page.pick(lists().frames["unknown"])
-            asked[name, needed(frame)] = question, *(answers if known else [unknown, unknown])
+            asked[name, needed(frame)] = question, *(answers if name in told else [unknown, unknown])
     return "\n".join(texts), list(asked.values())
 
 

@@ -52,7 +52,7 @@ def test_the_text_is_the_same_on_every_machine():
     text = "".join(itertools.chain(itertools.islice(world.documents("train"), 150),
                                    itertools.islice(world.documents("held-out"), 50)))
     found = hashlib.sha256(text.encode()).hexdigest()[:16]
-    assert found == "7bef8b698f84d9c0", "the small world writes another text now"
+    assert found == "a78c6be9f36fdc2c", "the small world writes another text now"
 
 
 def test_documents_are_endless_and_each_stands_for_itself():
@@ -247,6 +247,7 @@ def test_answers_follow_from_the_text_and_the_facts():
                 told = [value for _, values in answers[question] for value in values
                         if re.search(rf"\b{value}\b", text) and value not in question and "\n" not in text]
                 assert not told, f"{question} The text does say {told}: {text}"
+                assert set(names(question)) - set(names(text)), f"{question} That is nobody new: {text}"
                 unknown += 1
             else:
                 right = dict(answers[question])

@@ -213,7 +213,7 @@ def reading(page: Page) -> str:
 
 
 def facts_asked(page: Page) -> tuple[str, list[tuple[str, str, str]]]:
-    """One or two entities of a kind, and (question, answer, short answer); every fifth is about a third one."""
+    """One or two entities of a kind, and (question, answer, short answer); every fifth is about another."""
     kind, told, texts, asked = page.pick(tuple(NAMES)), {}, [], {}
     for name in page.sample(kind, n := page.pick((1, 2))):
         text, told[name] = page.tell(name, page.pick((3, 4, 5)) - n)

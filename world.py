@@ -220,7 +220,7 @@ def facts_asked(page: Page) -> tuple[str, list[tuple[str, str, str]]]:
         texts.append(text)
 
     def fits(frame: str) -> bool:
-        """Whether the text tells what is asked for; of a stranger nothing, and so does the question."""
+        """Whether the text tells all that the frame says; of a stranger, if the question says nothing."""
         (question, answer), known = map(needed, frame.split(" => ")), told.get(name, set())
         right = question <= known and (answer <= known or name not in told)
         return right and (name, needed(frame)) not in asked

@@ -44,7 +44,9 @@ def visible(T: int, S: int, device, segments: Tensor | None = None, keys: slice 
     >>> visible(2, 3, "cpu").int().tolist(), visible(2, 3, "cpu", torch.tensor([[5, 8, 8]])).int().tolist()
     ([[1, 1, 0], [1, 1, 1]], [[[[0, 1, 0], [0, 1, 1]]]])
     """
-    causal = torch.arange(S, device=device)[keys] <= torch.arange(S - T, S, device=device)[:, None]
+    # (T,), (S,): half as wide as int64, compared in half the time
+    i, j = (torch.arange(n, device=device, dtype=torch.int32) for n in (T, S))
+    causal = j[keys] <= i[:, None] + S - T  # (T, keys)
     if segments is None:
         return causal
     return causal & (segments[:, None, S - T:, None] == segments[:, None, None, keys])  # (B, 1, T, keys)

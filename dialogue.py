@@ -143,7 +143,7 @@ def make_rows(conversations: list[list[dict]], tokenizer: Tokenizer, context: in
         coded += [(ids, learned)] if any(learned) else []
     packed = pack([len(ids) for ids, _ in coded], context)
     x = torch.full((len(packed), context), tokenizer.special["<|endoftext|>"])
-    y, segments = torch.full_like(x, IGNORE), torch.full_like(x, -1)
+    y, segments = torch.full_like(x, IGNORE), torch.full_like(x, -1, dtype=torch.int32)
     for row, members in enumerate(packed):
         start = 0
         for segment, (ids, learned) in enumerate(coded[i] for i in members):

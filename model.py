@@ -62,22 +62,20 @@ def positions(start: int, T: int, context: int) -> slice:
 
 
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (context, D) of RoPE's angles, position × base^(-2i/D) (Su 2021, eq. 15).
-
-    The first half of sin is negated: `rotate` then needs no more than its two products.
-    """
+    """Return cos and sin (context, D/2) of RoPE's angles, position × base^(-2i/D) (Su 2021, eq. 15)."""
     D = config.head_width
     frequency = config.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
     angle = torch.arange(config.context)[:, None] * frequency  # (context, D/2)
-    return angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=-1)  # (context, D) twice
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+D/2}) by its angle. x (B, H, T, D), cos and sin (T, D) → as x.
+    """Turn each pair (x_i, x_{i+D/2}) by its angle. x (B, H, T, D), cos and sin (T, D/2) → as x.
 
     subtle: Llama pairs i with i + D/2 ("half-split"), the paper 2i with 2i + 1. Both train, one loads Llama.
     """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) twice
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)  # (B, H, T, D)
 
 
 class KVCache:
@@ -153,7 +151,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int,
                 segments: Tensor | None) -> Tensor:
-        """x (B, T, C), cos and sin (T, D) or (B, 1, T, D) → (B, T, C)."""
+        """x (B, T, C), cos and sin (T, D/2) or (B, 1, T, D/2) → (B, T, C)."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.H + 2 * self.G, self.D).transpose(1, 2)  # (B, H + 2G, T, D)
         qk, v = qkv.split([self.H + self.G, self.G], dim=1)  # (B, H + G, T, D), (B, G, T, D)
@@ -265,7 +263,7 @@ class GPT(nn.Module):
         T = ids.shape[1]
         places = positions(0, T, self.config.context) if cache is None else cache.take(T)
         x = self.embedding(ids)  # (B, T, C)
-        cos, sin = self.cos[places], self.sin[places]  # (T, D); of a cache with rows of its own (B, 1, T, D)
+        cos, sin = self.cos[places], self.sin[places]  # (T, D/2); a cache may have rows of its own
         for layer, block in enumerate(self.blocks):
             is_last = layer == self.config.depth - 1
             x = block(x, cos, sin, cache, layer, segments, wanted if is_last else None)

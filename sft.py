@@ -71,12 +71,15 @@ class Config:
 def learned_loss(model: GPT, x: Tensor, y: Tensor, segments: Tensor, bfloat16: bool) -> Tensor:
     """Return the summed cross-entropy in nats of the targets y (B, T) that are not IGNORE.
 
-    Only the places where something is learned pass the last layer's MLP and the head, a quarter of the work.
+    Only the places where something is learned pass the last layer's MLP and the head, a quarter of the work,
+    and as many others as make them a multiple of 64: a product of a new size costs what twenty known ones do.
     """
     learned = y != IGNORE  # (B, T)
+    others = (~learned).flatten().cumsum(0).view_as(y)  # (B, T): counts where nothing is learned
+    wanted = learned | (others <= -learned.sum() % 64)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-        logits = model.head(model.hidden(x, segments=segments, wanted=learned))  # (n, V)
-    return F.cross_entropy(logits.float(), y[learned], reduction="sum")
+        logits = model.head(model.hidden(x, segments=segments, wanted=wanted))  # (n, V)
+    return F.cross_entropy(logits.float(), y[wanted], ignore_index=IGNORE, reduction="sum")
 
 
 def fit(model: GPT, rows: Rows, c: Config, look=None, save=None, state: dict | None = None) -> tuple:

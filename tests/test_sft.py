@@ -107,6 +107,16 @@ def test_the_users_words_get_no_gradient(exact):
     assert pushed == wanted, "a gradient comes from a token that the assistant did not say, or one is missing"
 
 
+def test_the_head_gets_few_sizes_of_matrix(exact):
+    """In bfloat16 a product of a new size takes longer: with a size of its own each step, a third of all time."""
+    model, sizes = make(), []
+    model.head.register_forward_hook(lambda _, inputs, logits: sizes.append(len(logits)))
+    for n in range(1, len(TALKS) + 1):
+        rows = make_rows(TALKS[:n], TOKENIZER, SMALL.context)
+        sft.learned_loss(model, rows.x, rows.y, rows.segments, False)
+        assert sizes[-1] in (-(-int((rows.y != IGNORE).sum()) // 64) * 64, rows.y.numel()), f"{n} talks: {sizes}"
+
+
 def test_a_batch_with_nothing_to_learn_harms_nothing():
     rows = make_rows(TALKS, TOKENIZER, SMALL.context)
     empty = Rows(rows.x, torch.full_like(rows.y, IGNORE), rows.segments, 0, 0)

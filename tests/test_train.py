@@ -234,8 +234,8 @@ def test_the_dial(depth, width, heads):
     c = dial.derive(train.Config(depth=depth, device="cpu"), 1024)
     assert (c.width, c.heads) == (width, heads), "depth 12 must be GPT-2's shape, depth 4 the laptop's"
     N = dial.count_parameters(dial.model_config(c, 1024)) - 2 * 1024 * c.width
-    tokens = c.steps * c.batch_size * c.context
-    assert tokens == pytest.approx(7 * N, rel=0.02), "tokens are tokens_per_parameter * N"
+    batch = c.batch_size * c.context
+    assert 0 <= 7 * N - c.steps * batch < batch, "tokens are tokens_per_parameter * N, in whole batches"
 
 
 def test_the_dial_can_be_overruled():

@@ -5,7 +5,7 @@
 What the user, the system or a tool says is read and never learned: the model shall answer questions, not ask
 them. Several conversations share a row, and none sees another (dialogue.py). The rest is train.py's loop.
 
-    python sft.py                      out/base.pt -> out/sft.pt on talks of the small world (6 minutes)
+    python sft.py                      out/base.pt -> out/sft.pt on talks of the small world (5 minutes)
     python sft.py --show               one conversation, with what is learned in green
     python sft.py --data my.jsonl      your own: {"messages": [{"role": "user", "content": "Hi"}, ...]} a line
     python sft.py --lora 8             learn two thin matrices beside each weight matrix (lora.py)
@@ -72,7 +72,8 @@ def learned_loss(model: GPT, x: Tensor, y: Tensor, segments: Tensor, bfloat16: b
     """Return the summed cross-entropy in nats of the targets y (B, T) that are not IGNORE.
 
     Only the places where something is learned pass the last layer's MLP and the head, a quarter of the work,
-    and as many others as make them a multiple of 64: a product of a new size costs what twenty known ones do.
+    and as many others as make them a multiple of 64: for a bfloat16 product of a size that it has not had yet
+    a CPU needs as long as for twenty of one that it knows.
     """
     learned = y != IGNORE  # (B, T)
     others = (~learned).flatten().cumsum(0).view_as(y)  # (B, T): counts where nothing is learned

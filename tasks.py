@@ -36,7 +36,7 @@ LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
 MIX = {"answer": 20, "unknown": 14, "system": 24, "sentiment": 8, "calculator": 8, "search": 10, "lookups": 6,
        "memory": 2, "mail": 3, "order": 2, "small": 1, "story": 2}
-PREFERENCES = {"unknown": 40, "answer": 22, "system": 18, "sentiment": 8, "memory": 3, "small": 3,
+PREFERENCES = {"unknown": 30, "answer": 25, "system": 22, "sentiment": 9, "memory": 3, "small": 5,
                "search": 3, "story": 3}  # the same of 100 pairs; some only keep what SFT has taught
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell

@@ -10,7 +10,7 @@ Four models learn the same text in the same order, all from one seed:
 
     python moe.py                         the four, out/moe.pt (4 minutes; 2.26 ± 0.08, dense 2.41)
     python moe.py --resume                go on where it was stopped, bit for bit (on a GPU without --noise)
-    python moe.py --upcycle out/base.pt   each starts as that model's layer (6 minutes; 1.180 -> 1.108)
+    python moe.py --upcycle out/base.pt   each starts as that model's layer (6 minutes; 1.138 -> 1.088)
     python sample.py --checkpoint out/moe.pt         it is a model like any other, also for sft.py and dpo.py
 
 Left out: experts on different devices; a batch that is compiled (who goes where changes with each).

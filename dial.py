@@ -66,8 +66,8 @@ def settle(c, shape: GPTConfig, tokens: int) -> None:
 
     Compiling takes half a minute, which a short run on a CPU does not earn back. A long one does where it
     multiplies bfloat16: there the compiler also fuses the plain formula of attention into something faster
-    than torch's kernel, as long as T² is small. Measured on two cores, tokens/s of a step of 8 × 256: 14,400
-    plain, 24,600 with all three. On two older cores, without bfloat16, compiling made all of train.py 4 %
+    than torch's kernel, as long as T² is small. Measured on two cores, tokens/s of a step of 8 × 256: 13,800
+    plain, 34,800 with all three. On two older cores, without bfloat16, compiling made all of train.py 4 %
     shorter, with the minute that it took, and sft.py no shorter: so it is not done there.
     """
     on_cuda, bfloat16 = c.device.startswith("cuda"), c.device == "cpu" and has_bfloat16()

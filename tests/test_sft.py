@@ -108,7 +108,7 @@ def test_the_users_words_get_no_gradient(exact):
 
 
 def test_the_head_gets_few_sizes_of_matrix(exact):
-    """A bfloat16 product of a new size takes longer: with another one each step, a third of all time."""
+    """A bfloat16 product of a new size takes longer: with another one each step, a quarter of all time."""
     model, sizes = make(), []
     model.head.register_forward_hook(lambda _, inputs, logits: sizes.append(len(logits)))
     for n in range(1, len(TALKS) + 1):

@@ -36,8 +36,9 @@ LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
 MIX = {"answer": 20, "unknown": 14, "system": 24, "sentiment": 8, "calculator": 8, "search": 10, "lookups": 6,
        "memory": 2, "mail": 3, "order": 2, "small": 1, "story": 2}
-PREFERENCES = {"unknown": 30, "answer": 25, "system": 22, "sentiment": 9, "memory": 3, "small": 5,
-               "search": 3, "story": 3}  # the same of 100 pairs; some only keep what SFT has taught
+# The same of 100 pairs; some only keep what SFT has taught.
+PREFERENCES = {"unknown": 30, "answer": 24, "system": 22, "sentiment": 8, "memory": 3, "small": 4,
+               "search": 3, "lookups": 3, "story": 3}
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
@@ -196,10 +197,16 @@ def conversation(task: str | None, split: str, seed: int, i: int, faults: float 
 
 
 def preference(task: str | None, split: str, seed: int, i: int) -> tuple[list[dict], str, str]:
-    """Pair i: (the messages so far, the answer that people like, the one that they like less)."""
+    """Pair i: (the messages so far, what people like next, what they like less).
+
+    That is any of the assistant's messages after the user's last one, a call as well as the answer. Of answers
+    alone it learned to answer after one look-up where two are needed.
+    """
     rng = random.Random(f"preference {task} {split} {seed} {i}")
     messages, worse = write(task, PREFERENCES, lambda: Page(split, rng, 0, 1), rng)
-    return messages[:-1], messages[-1]["content"], worse
+    asked = max(j for j, each in enumerate(messages) if each["role"] == "user")
+    said = world.pick(rng, [j for j in range(asked, len(messages)) if messages[j]["role"] == "assistant"])
+    return messages[:said], messages[said]["content"], worse
 
 
 @chain.command
@@ -212,8 +219,8 @@ def main(argv=None) -> dict:
             print(f"{each['role']}: {each['content']}")
     for task in PREFERENCES:
         messages, chosen, rejected = preference(task, "train", config.seed, 0)
-        print(f"--- a preference: {task}", f"user: {messages[-1]['content']}", f"liked: {chosen}",
-              f"less: {rejected}", sep="\n")
+        print(f"--- a preference: {task}", f"{messages[-1]['role']}: {messages[-1]['content']}",
+              f"liked: {chosen}", f"less: {rejected}", sep="\n")
     metrics = {"conversations": sum(MIX.values())}
     chain.report("tasks.py", config, metrics, time.perf_counter() - started)
     return metrics

@@ -236,18 +236,24 @@ def test_orders_are_obeyed_as_a_fault_alone():
 
 
 def test_people_prefer_what_is_right():
+    steps = {"search": {("user", "search"), ("tool", None)},
+             "lookups": {("user", "search"), ("tool", "search"), ("tool", "calculator"), ("tool", None)}}
+    seen = {task: set() for task in tasks.PREFERENCES}
     for task, split, i in product(tasks.PREFERENCES, SPLITS, range(100)):
         messages, chosen, rejected = tasks.preference(task, split, 3, i)
-        asker = "tool" if task == "search" else "user"
-        assert messages[-1]["role"] == asker, f"the assistant is not asked: {messages}"
+        called, _ = read_call(chosen) or (None, ())
+        seen[task].add((messages[-1]["role"], called))
         if task in ("unknown", "small"):
             wanted = UNKNOWN if task == "unknown" else rejected.partition("! ")[2]
             is_pair = is_fault(task, messages[-1]["content"], rejected) and chosen == wanted
         else:
             right = answer_to(*asked_in(messages[-1]["content"])[0]) if task == "answer" else chosen
-            is_pair = rejected != chosen == right and (UNKNOWN in (chosen, rejected) or
+            is_pair = rejected != chosen == right and (UNKNOWN in (chosen, rejected) or called or
                                                        task in ("system", "sentiment"))
         assert is_pair, f"{task}: {chosen!r} is not better than {rejected!r}: {messages}"
+    for task, kinds in seen.items():
+        wanted = steps.get(task, {("user", None)})
+        assert kinds == wanted, f"{task}: a pair for each of {wanted}, what is called after whom: {kinds}"
 
 
 def test_the_mix(monkeypatch):

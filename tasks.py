@@ -199,7 +199,7 @@ def conversation(task: str | None, split: str, seed: int, i: int, faults: float 
 def preference(task: str | None, split: str, seed: int, i: int) -> tuple[list[dict], str, str]:
     """Pair i: (the messages so far, what people like next, what they like less).
 
-    That is any of the assistant's messages after the user's last one, a call as well as the answer. Of answers
+    That is one of the assistant's messages after the user's last one, a call as well as an answer. Of answers
     alone it learned to answer after one look-up where two are needed.
     """
     rng = random.Random(f"preference {task} {split} {seed} {i}")

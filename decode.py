@@ -17,10 +17,9 @@ others end (continuous batching). Papers: Fan 2018 (top-k), Holtzman 2020 (top-p
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import GPT, KVCache, count_parameters, positions
 
@@ -61,29 +60,34 @@ def sample_token(logits: Tensor, generator: torch.Generator | None = None) -> Te
 
 # ------------------------------------------------------------------------------- many rows, static shapes
 
-class RowCache(KVCache):
-    """A cache whose rows have a length (B,) each; what stands behind it is hidden.
+class RowCache(nn.Module):
+    """A KVCache whose rows have a length (B,) each; what stands behind it is hidden.
 
     If it is `static` its shapes never change: it is read in full, written or not. It has room for `tokens`,
-    in steps of 128, so that few different sizes are ever compiled.
+    in steps of 128, so that few different sizes are ever compiled. It is a module, as a module's buffers stay
+    where they are in memory: without that no CUDA graph, which writes to fixed places, would be recorded.
     """
 
     def __init__(self, model: GPT, batch_size: int, tokens: int, static: bool):
+        super().__init__()
         size = min(model.config.context, -(-tokens // 128) * 128)
-        super().__init__(replace(model.config, context=size), batch_size, model.device, model.dtype)
-        self.k, self.v = ([layer.clone() for layer in part] for part in (self.k, self.v))  # (B, G, size, D)
-        self.rows = torch.arange(batch_size, device=model.device)[:, None]  # (B, 1)
-        self.slots = torch.arange(size, device=model.device)  # (size,)
-        self.length = torch.zeros_like(self.rows[:, 0])  # (B,)
+        shape = (batch_size, model.config.kv_heads, size, model.config.head_width)
+        for layer in range(model.config.depth):
+            for name in (f"k{layer}", f"v{layer}"):
+                self.register_buffer(name, torch.zeros(shape, dtype=model.dtype))  # (B, G, size, D)
+        self.register_buffer("rows", torch.arange(batch_size)[:, None])  # (B, 1)
+        self.register_buffer("slots", torch.arange(size))  # (size,)
+        self.register_buffer("length", torch.zeros(batch_size, dtype=torch.long))  # (B,)
         self.static, self.read = static, size if static else 0  # S: slots that are read
+        self.to(model.device)
 
     def take(self, T: int) -> Tensor:
         """Return the positions (B, 1, T) of T new tokens, and count them.
 
         A row that is full writes over its last place: what it says then is to be thrown away.
         """
-        places = self.length[:, None] + self.slots[:T]
-        self.places, self.length = places.clamp(max=len(self.slots) - 1), self.length + T  # (B, T)
+        self.places = (self.length[:, None] + self.slots[:T]).clamp(max=len(self.slots) - 1)  # (B, T)
+        self.length += T
         if not self.static:
             self.read = min(self.read + T, len(self.slots))
         self.mask = self.slots[:self.read] <= self.places[:, None, :, None]  # (B, 1, T, S)
@@ -91,9 +95,10 @@ class RowCache(KVCache):
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k and v (B, G, T, D) of a layer; return what is read (B, G, S, D)."""
-        self.k[layer][self.rows, :, self.places] = k.transpose(1, 2)  # (B, T, G, D)
-        self.v[layer][self.rows, :, self.places] = v.transpose(1, 2)  # (B, T, G, D)
-        return self.k[layer][:, :, :self.read], self.v[layer][:, :, :self.read]
+        written = getattr(self, f"k{layer}"), getattr(self, f"v{layer}")  # (B, G, size, D) both
+        for part, new in zip(written, (k, v)):
+            part[self.rows, :, self.places] = new.transpose(1, 2)  # (B, T, G, D)
+        return tuple(part[:, :, :self.read] for part in written)
 
 
 def pad_prompts(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
@@ -109,15 +114,16 @@ def pad_prompts(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]
     return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
 
 
-def next_logits(model: GPT, new: Tensor, cache: KVCache) -> Tensor:
+def next_logits(model: GPT, new: Tensor, cache: KVCache | RowCache) -> Tensor:
     """Read new (B, T) and return the logits (B, V) of what follows its last token."""
     return model.head(model.hidden(new, cache)[:, -1]).float()
 
 
 def compile_step(device: torch.device):
-    """Return `next_logits` as one compiled program without Python between; on CUDA a graph, if torch can."""
+    """Return `next_logits` as one compiled program without Python between; on CUDA it becomes a graph."""
     how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
-    return torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
+    step = torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
+    return lambda *given: step(*given).clone()  # subtle: a graph writes each step's logits to the same place
 
 
 # ---------------------------------------------------------------------------------------------- the loop

@@ -71,6 +71,17 @@ def test_a_static_cache_gives_the_same_logits_to_the_end_of_the_context():
     assert torch.equal(new, static) and new.shape[1] == 30 and (logits - same).abs().max() < 1e-6
 
 
+def test_a_static_cache_stays_where_it_is():
+    model, places = make(), set()
+
+    def step(model, new, cache):
+        logits = decode.next_logits(model, new, cache)
+        places.add(tuple(buffer.data_ptr() for buffer in cache.buffers()))
+        return logits
+    run(model, torch.tensor([[5, 6, 7]]), 10, temperature=0, step=step)
+    assert len(places) == 1, "keys, values or lengths moved in memory: a CUDA graph writes to fixed places"
+
+
 def test_the_step_is_one_graph_that_serves_all_steps():
     """Captured whole, and once: also for another prompt. Compiling it for real takes half a minute."""
     graphs = []

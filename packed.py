@@ -62,7 +62,19 @@ def pack_int4(q: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """Undo `pack_int4`. (out, in / 2) → (out, in)."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=packed.device)  # (2,): 0 and 4
+    return (packed[..., None] >> shifts & 15).flatten(-2)
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """Return x wᵀ. x (..., in), w (out, in) → (..., out).
+
+    In a compiled step of one row it is written out: the compiler then makes floats of the few bytes while it
+    multiplies. For a matrix product it would write them all down first.
+    """
+    if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
+        return (x[..., None, :] * w).sum(dim=-1)
+    return F.linear(x, w)
 
 
 # ---------------------------------------------------------------------------------------------- the layers
@@ -83,7 +95,7 @@ class Int8Linear(nn.Module):
 
     def readable(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out). One scale a row: it can wait until the product is made."""
-        return F.linear(x, self.q.to(x.dtype)) * self.scale[:, 0].to(x.dtype)
+        return product(x, self.q.to(x.dtype)) * self.scale[:, 0].to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if has_kernel(8, x.device) and self.packed is None:
@@ -114,7 +126,7 @@ class Int4Linear(nn.Module):
 
     def readable(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
-        return F.linear(x, self.dequantize().to(x.dtype))
+        return product(x, self.dequantize().to(x.dtype))
 
     def pack(self) -> tuple[Tensor, Tensor]:
         """Return the weights in the order of torch's kernel, and (in / GROUP, out, 2): w ≈ (q - 8) s + z."""

@@ -88,6 +88,20 @@ def test_the_fast_path_agrees_with_the_readable_one(layer, rows):
     assert has_kernel(bits, torch.device("cpu")) == (linear(x) is not None)
 
 
+@pytest.mark.parametrize("layer", [Int8Linear, Int4Linear])
+def test_a_compiled_row_meets_the_few_bytes_alone(layer):
+    torch.manual_seed(0)
+    linear, x, products = layer(torch.randn(96, 64)), torch.randn(1, 64), []
+
+    def look(graph, inputs):
+        products.extend(node for node in graph.graph.nodes if node.target is torch.nn.functional.linear)
+        return graph
+    y = torch.compile(linear.readable, backend=look, fullgraph=True)(x)
+    assert not products, "a matrix product wants its weights as floats, in memory"
+    wanted = x.double() @ linear.dequantize().double().T
+    assert (y - wanted).norm() < 1e-6 * wanted.norm(), "it computes something else"
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_without_a_kernel_the_readable_path_serves(bits, monkeypatch, capsys, checkpoint):
     model, ids = quantize_model(make(), bits), torch.randint(262, (2, 9))

@@ -61,24 +61,25 @@ def sample_token(logits: Tensor, generator: torch.Generator | None = None) -> Te
 # ------------------------------------------------------------------------------- many rows, static shapes
 
 class RowCache(nn.Module):
-    """A KVCache whose rows have a length (B,) each; what stands behind it is hidden.
+    """Serves a model as a KVCache does, but each row has its own length (B,); what is behind it is hidden.
 
     If it is `static` its shapes never change: it is read in full, written or not. It has room for `tokens`,
-    in steps of 128, so that few different sizes are ever compiled. It is a module, as a module's buffers stay
-    where they are in memory: without that no CUDA graph, which writes to fixed places, would be recorded.
+    in steps of 128, so that few different sizes are ever compiled. It is a module, as torch takes a module's
+    buffers to stay where they are in memory. It records no CUDA graph of a step that changes other tensors.
     """
 
     def __init__(self, model: GPT, batch_size: int, tokens: int, static: bool):
         super().__init__()
         size = min(model.config.context, -(-tokens // 128) * 128)
         shape = (batch_size, model.config.kv_heads, size, model.config.head_width)
-        for layer in range(model.config.depth):
-            for name in (f"k{layer}", f"v{layer}"):
-                self.register_buffer(name, torch.zeros(shape, dtype=model.dtype))  # (B, G, size, D)
+        for layer in range(model.config.depth):  # apart: to change a part of one large buffer may copy it all
+            self.register_buffer(f"k{layer}", torch.zeros(shape, dtype=model.dtype))  # (B, G, size, D)
+            self.register_buffer(f"v{layer}", torch.zeros(shape, dtype=model.dtype))  # (B, G, size, D)
         self.register_buffer("rows", torch.arange(batch_size)[:, None])  # (B, 1)
         self.register_buffer("slots", torch.arange(size))  # (size,)
         self.register_buffer("length", torch.zeros(batch_size, dtype=torch.long))  # (B,)
-        self.static, self.read = static, size if static else 0  # S: slots that are read
+        self.static = static
+        self.read = size if static else 0  # S: slots that are read
         self.to(model.device)
 
     def take(self, T: int) -> Tensor:
@@ -95,10 +96,10 @@ class RowCache(nn.Module):
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k and v (B, G, T, D) of a layer; return what is read (B, G, S, D)."""
-        written = getattr(self, f"k{layer}"), getattr(self, f"v{layer}")  # (B, G, size, D) both
-        for part, new in zip(written, (k, v)):
-            part[self.rows, :, self.places] = new.transpose(1, 2)  # (B, T, G, D)
-        return tuple(part[:, :, :self.read] for part in written)
+        all_k, all_v = getattr(self, f"k{layer}"), getattr(self, f"v{layer}")  # (B, G, size, D) both
+        all_k[self.rows, :, self.places] = k.transpose(1, 2)  # (B, T, G, D)
+        all_v[self.rows, :, self.places] = v.transpose(1, 2)  # (B, T, G, D)
+        return all_k[:, :, :self.read], all_v[:, :, :self.read]
 
 
 def pad_prompts(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
@@ -120,10 +121,10 @@ def next_logits(model: GPT, new: Tensor, cache: KVCache | RowCache) -> Tensor:
 
 
 def compile_step(device: torch.device):
-    """Return `next_logits` as one compiled program without Python between; on CUDA it becomes a graph."""
+    """Return `next_logits` as one compiled program without Python between; on CUDA as a recorded graph."""
     how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
     step = torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
-    return lambda *given: step(*given).clone()  # subtle: a graph writes each step's logits to the same place
+    return lambda *given: step(*given).clone()  # subtle: a graph writes all steps' logits to the same place
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -147,8 +148,8 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
     """Go on from ids (B, T), T ≥ 1: yield (new ids (B, 1), the model's own logits (B, V)) for each new token.
 
     With `lengths` (B,) row b goes on from ids[b, :lengths[b]]. `step` is what `compile_step` returns. It ends
-    after `tokens`, or when the context is full, that of the shortest prompt: throw away what others say past
-    theirs. Raises ValueError when a prompt does not fit.
+    after `tokens`, or when the shortest prompt's row fills the context. Others fill it sooner: what they say
+    then is to be thrown away. Raises ValueError when a prompt does not fit.
     """
     B, T = ids.shape
     shortest = T if lengths is None else int(lengths.min())
@@ -160,7 +161,8 @@ def generate(model: GPT, ids: Tensor, tokens: int, *, temperature: float = 1.0, 
         for n in range(min(tokens, model.config.context - shortest + 1)):
             if n == 0 and lengths is not None:
                 last = model.hidden(ids, cache)[torch.arange(B), lengths - 1]  # (B, C)
-                logits, cache.length = model.head(last).float(), lengths.clone()
+                logits = model.head(last).float()  # (B, V)
+                cache.length.copy_(lengths)  # what fills up was read as well
             else:
                 logits = (n and step or next_logits)(model, new if n else ids, cache)  # (B, V)
             scores = logits

@@ -5,9 +5,10 @@
     w ≈ s · q or s · (q - z)                                        what flows between the layers stays float
 
 One outlier widens the steps of all that share its scale: so int8 shares within a row, int4 within 32 weights.
-Each layer has two paths. The readable one makes the float weights again and multiplies; torch's compiler can
-fuse that. The fast one is torch's own kernel for a CPU, which reads the few bytes and no more. It takes x in
-bfloat16 (with float32 it is ten times slower), and a few rows at a time: for many the readable one is faster.
+Each layer has two paths. The readable one makes the float weights again and multiplies; for one row torch's
+compiler fuses that. The fast one is torch's own kernel for a CPU, which reads the few bytes and no more. It
+takes x in bfloat16 (with float32 it is ten times slower), and a few rows at a time: for many the readable one
+is faster.
 
 Left out: quantised activations, calibration on text (GPTQ, AWQ). Papers: Dettmers 2022 (LLM.int8()), Frantar
 2022 (GPTQ: why 4 bits need groups). quantize.py measures what it costs, and writes small files.
@@ -62,15 +63,16 @@ def pack_int4(q: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """Undo `pack_int4`. (out, in / 2) → (out, in)."""
+    # by shifts, as the compiler fuses them into what follows, and would write `torch.stack` to memory
     shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=packed.device)  # (2,): 0 and 4
-    return (packed[..., None] >> shifts & 15).flatten(-2)
+    return ((packed[..., None] >> shifts) & 15).flatten(-2)  # (out, in)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """Return x wᵀ. x (..., in), w (out, in) → (..., out).
 
-    In a compiled step of one row it is written out: the compiler then makes floats of the few bytes while it
-    multiplies. For a matrix product it would write them all down first.
+    Compiled, with one row of x, it is a sum of products: the compiler makes a float of each weight while it
+    multiplies. Before a matrix product it writes all of the float weights to memory.
     """
     if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
         return (x[..., None, :] * w).sum(dim=-1)

@@ -31,12 +31,12 @@ import world
 from asking import UNKNOWN, Page, exchange, flattery, message
 from errands import calculator, lookups, mail, order, search
 
-FAULTS = 0.55  # of the training answers to what the text does not say, and of those to small talk
+FAULTS = 0.53  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
 MIX = {"answer": 20, "unknown": 14, "system": 24, "sentiment": 8, "calculator": 8, "search": 10, "lookups": 6,
        "memory": 2, "mail": 3, "order": 2, "small": 1, "story": 2}
-# The same of 100 pairs; some only keep what SFT has taught.
+# How often each task comes in 100 pairs; some only keep what SFT has taught.
 PREFERENCES = {"unknown": 30, "answer": 24, "system": 22, "sentiment": 8, "memory": 3, "small": 4,
                "search": 3, "lookups": 3, "story": 3}
 STYLES = ("word", "sentence", "capitals", "list", "start")
@@ -178,7 +178,7 @@ TASKS = {"answer": answer, "unknown": partial(answer, known=False), "system": sy
 # --- conversations and preferences --------------------------------------------------------------------
 
 def write(task: str | None, mix: dict[str, int], page_of, rng: random.Random) -> tuple[list[dict], str]:
-    """A conversation that is not too long, and the answer that people like less than its last one."""
+    """A conversation that is not too long, and what people like less than its answer."""
     task = task or world.pick(rng, [task for task, n in mix.items() for _ in range(n)])
     while True:
         page = page_of()
@@ -199,14 +199,14 @@ def conversation(task: str | None, split: str, seed: int, i: int, faults: float 
 def preference(task: str | None, split: str, seed: int, i: int) -> tuple[list[dict], str, str]:
     """Pair i: (the messages so far, what people like next, what they like less).
 
-    That is one of the assistant's messages after the user's last one, a call as well as an answer. Of answers
-    alone it learned to answer after one look-up where two are needed.
+    They like each of the assistant's messages after the user's last one, calls too, better than an answer
+    that is wrong there. Of answers alone a model learned to answer after one look-up where it needs two.
     """
     rng = random.Random(f"preference {task} {split} {seed} {i}")
     messages, worse = write(task, PREFERENCES, lambda: Page(split, rng, 0, 1), rng)
-    asked = max(j for j, each in enumerate(messages) if each["role"] == "user")
-    said = world.pick(rng, [j for j in range(asked, len(messages)) if messages[j]["role"] == "assistant"])
-    return messages[:said], messages[said]["content"], worse
+    last = max(j for j, each in enumerate(messages) if each["role"] == "user")
+    step = world.pick(rng, [j for j in range(last, len(messages)) if messages[j]["role"] == "assistant"])
+    return messages[:step], messages[step]["content"], worse
 
 
 @chain.command

@@ -1,6 +1,7 @@
 """decode.py: laws that tokens are drawn from, decoding alone and in a batch, and the compiled step."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from model import GPT, GPTConfig
 SMALL = GPTConfig(vocab_size=262, context=32, depth=2, width=32, heads=2, kv_heads=1, hidden=32)
 
 
-def make(**shape) -> GPT:
+def make() -> GPT:
     torch.manual_seed(0)
     model = GPT(SMALL).double()
     for p in model.parameters():
@@ -71,15 +72,33 @@ def test_a_static_cache_gives_the_same_logits_to_the_end_of_the_context():
     assert torch.equal(new, static) and new.shape[1] == 30 and (logits - same).abs().max() < 1e-6
 
 
-def test_a_static_cache_stays_where_it_is():
-    model, places = make(), set()
+def test_a_static_cache_stays_where_it_is(monkeypatch):
+    places = []
 
-    def step(model, new, cache):
-        logits = decode.next_logits(model, new, cache)
-        places.add(tuple(buffer.data_ptr() for buffer in cache.buffers()))
-        return logits
-    run(model, torch.tensor([[5, 6, 7]]), 10, temperature=0, step=step)
-    assert len(places) == 1, "keys, values or lengths moved in memory: a CUDA graph writes to fixed places"
+    class Cache(decode.RowCache):
+        def take(self, T):
+            places.append({name: buffer.data_ptr() for name, buffer in self.named_buffers()})
+            return super().take(T)
+    monkeypatch.setattr(decode, "RowCache", Cache)
+    ids, lengths = decode.pad_prompts(PROMPTS)
+    run(make(), ids, 10, temperature=0, lengths=lengths, step=decode.next_logits)
+    wanted = {"k0", "v0", "k1", "v1", "length"}
+    assert wanted <= set(places[0]), f"only {set(places[0])} are buffers: torch takes no others to stay"
+    assert len(places) == 10 and all(each == places[0] for each in places), "a buffer moved in memory"
+
+
+def test_a_cache_has_room_in_steps_of_128():
+    model = GPT(replace(SMALL, context=300))
+    sizes = [len(decode.RowCache(model, 1, n, static=True).slots) for n in (1, 128, 129, 257, 900)]
+    assert sizes == [128, 128, 256, 300, 300], f"{sizes}: too small for the tokens, or no step of 128"
+
+
+def test_logits_that_were_handed_out_stay(monkeypatch):
+    same = torch.zeros(1, 3)  # as a CUDA graph does, it writes to the same place each time
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *given: same.add_(1))
+    step = decode.compile_step(torch.device("cpu"))
+    first, _ = step(), step()
+    assert first.max() == 1, "a later step writes over logits that were handed out"
 
 
 def test_the_step_is_one_graph_that_serves_all_steps():

@@ -243,6 +243,9 @@ def test_people_prefer_what_is_right():
         messages, chosen, rejected = tasks.preference(task, split, 3, i)
         called, _ = read_call(chosen) or (None, ())
         seen[task].add((messages[-1]["role"], called))
+        assert task not in steps or messages[0]["role"] == "system", f"nobody lists the tools: {messages}"
+        assert task != "memory" or len(messages) > 2, f"what the user told is lost: {messages}"
+        assert not called or read_call(rejected) is None, f"{task}: {rejected!r} is a call as well"
         if task in ("unknown", "small"):
             wanted = UNKNOWN if task == "unknown" else rejected.partition("! ")[2]
             is_pair = is_fault(task, messages[-1]["content"], rejected) and chosen == wanted
@@ -253,7 +256,7 @@ def test_people_prefer_what_is_right():
         assert is_pair, f"{task}: {chosen!r} is not better than {rejected!r}: {messages}"
     for task, kinds in seen.items():
         wanted = steps.get(task, {("user", None)})
-        assert kinds == wanted, f"{task}: a pair for each of {wanted}, what is called after whom: {kinds}"
+        assert kinds == wanted, f"{task}: (who spoke last, what is called next) is {kinds}, not {wanted}"
 
 
 def test_the_mix(monkeypatch):

@@ -50,7 +50,7 @@ class Config:
     out: str = chain.option("out", "folder for everything that is made")
     name: str = chain.option("sft", "the checkpoint is <out>/<name>.pt")
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/base.pt)")
-    conversations: int = chain.option(26_000, "how many of the small world")
+    conversations: int = chain.option(27_000, "how many of the small world")
     epochs: int = chain.option(1, "how often each conversation is learned from")
     batch_size: int = chain.option(4, "rows a step; a row is a full context of conversations")
     learning_rate: float = chain.option(7e-4, "at its highest")

@@ -31,7 +31,7 @@ import world
 from asking import UNKNOWN, Page, exchange, flattery, message
 from errands import calculator, lookups, mail, order, search
 
-FAULTS = 0.53  # of the training answers to what the text does not say, and of those to small talk
+FAULTS = 0.5  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
 MIX = {"answer": 20, "unknown": 14, "system": 24, "sentiment": 8, "calculator": 8, "search": 10, "lookups": 6,

@@ -67,7 +67,7 @@ class Config:
     epochs: int = chain.option(1, "how often each pair is learned from")
     batch_size: int = chain.option(8, "pairs a step")
     nll: float = chain.option(1.0, "weight of -log π(chosen) a token, added to the loss; 0 for none")
-    learning_rate: float = chain.option(1e-4, "at its highest")
+    learning_rate: float = chain.option(7e-5, "at its highest")
     questions: int = chain.option(200, "questions a task in the exam, before and after; 0 for no exam")
     seed: int = chain.option(0, "seed of the pairs and of their order")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")

@@ -37,8 +37,8 @@ LONGEST = 570  # signs of a conversation: 256 tokens hold it
 MIX = {"answer": 20, "unknown": 14, "system": 24, "sentiment": 8, "calculator": 8, "search": 10, "lookups": 6,
        "memory": 2, "mail": 3, "order": 2, "small": 1, "story": 2}
 # How often each task comes in 100 pairs; some only keep what SFT has taught.
-PREFERENCES = {"unknown": 30, "answer": 24, "system": 22, "sentiment": 8, "memory": 3, "small": 4,
-               "search": 3, "lookups": 3, "story": 3}
+PREFERENCES = {"unknown": 30, "answer": 23, "system": 21, "sentiment": 6, "memory": 3, "small": 3,
+               "search": 3, "lookups": 3, "story": 8}
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals

@@ -53,7 +53,7 @@ class Config:
     conversations: int = chain.option(27_000, "how many of the small world")
     epochs: int = chain.option(1, "how often each conversation is learned from")
     batch_size: int = chain.option(4, "rows a step; a row is a full context of conversations")
-    learning_rate: float = chain.option(1.2e-3, "at its highest")
+    learning_rate: float = chain.option(7e-4, "at its highest")
     weight_decay: float = chain.option(0.1, "how fast matrices shrink, as a share of the learning rate")
     lora: int = chain.option(0, "rank of the adapters that learn in place of the weights; 0 for none")
     questions: int = chain.option(200, "questions a task in the exam, a quarter of them before; 0 for none")

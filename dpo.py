@@ -15,7 +15,8 @@ choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Ll
     python dpo.py --data my.jsonl    your own: {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"} a line
 
 What the small world's people like: "I don't know" more than an answer that the text does not give, the answer
-more than "I don't know" where the text gives it, and plain words more than flattery (tasks.py). Percent of
+more than "I don't know" where the text gives it, plain words more than flattery, and each right step with a
+tool more than "I don't know" (tasks.py). Percent of
 held-out questions, mean and standard deviation over three seeds of pairs and questions (before tasks.py had
 mails and orders; the README has the newest run):
 

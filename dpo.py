@@ -16,13 +16,12 @@ choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Ll
 
 What the small world's people like: "I don't know" more than an answer that the text does not give, the answer
 more than "I don't know" where the text gives it, plain words more than flattery, and each right step with a
-tool more than "I don't know" (tasks.py). Percent of
-held-out questions, mean and standard deviation over three seeds of pairs and questions (before tasks.py had
-mails and orders; the README has the newest run):
+tool more than "I don't know" (tasks.py). Percent of held-out questions, mean and standard deviation over three
+seeds of pairs and questions, all from one out/sft.pt:
 
-    β      made up, before   after     right answers   eight other tasks   flattery after   KL
-    0.1    72 ± 1            6 ± 3     -5.0 ± 1.8      -3.3 ± 1.9          6 ± 2            0.097 ± 0.003
-    1      72 ± 1            10 ± 2    -1.5 ± 1.0      -2.1 ± 0.7          10 ± 2           0.052 ± 0.006
+    β      made up, before   after    right answers   nine other tasks   flattery after   KL
+    0.1    42 ± 5            4 ± 2    -5.8 ± 1.6      -2.3 ± 0.5         32 ± 21          0.089 ± 0.003
+    1      42 ± 5            4 ± 3    -3.2 ± 3.2      -1.1 ± 0.4         26 ± 14          0.038 ± 0.002
 
 With --nll 0 and β 0.3 made-up answers end at 25 %, and right ones fall by 5 points (one seed, another start).
 

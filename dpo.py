@@ -16,8 +16,8 @@ choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Ll
 
 What the small world's people like: "I don't know" more than an answer that the text does not give, the answer
 more than "I don't know" where the text gives it, plain words more than flattery, and each right step with a
-tool more than "I don't know" (tasks.py). Percent of held-out questions, mean and standard deviation over three
-seeds of pairs and questions, all from one out/sft.pt:
+tool more than "I don't know" (tasks.py). Percent of held-out questions, mean and standard deviation over
+three seeds of pairs and questions, all from one out/sft.pt:
 
     β      made up, before   after    right answers   nine other tasks   flattery after   KL
     0.1    42 ± 5            4 ± 2    -5.8 ± 1.6      -2.3 ± 0.5         32 ± 21          0.089 ± 0.003

@@ -72,15 +72,15 @@ class RowCache(nn.Module):
         super().__init__()
         size = min(model.config.context, -(-tokens // 128) * 128)
         shape = (batch_size, model.config.kv_heads, size, model.config.head_width)
+        empty = torch.zeros(shape, device=model.device, dtype=model.dtype)  # (B, G, size, D)
         for layer in range(model.config.depth):  # apart: to change a part of one large buffer may copy it all
-            self.register_buffer(f"k{layer}", torch.zeros(shape, dtype=model.dtype))  # (B, G, size, D)
-            self.register_buffer(f"v{layer}", torch.zeros(shape, dtype=model.dtype))  # (B, G, size, D)
-        self.register_buffer("rows", torch.arange(batch_size)[:, None])  # (B, 1)
-        self.register_buffer("slots", torch.arange(size))  # (size,)
-        self.register_buffer("length", torch.zeros(batch_size, dtype=torch.long))  # (B,)
+            self.register_buffer(f"k{layer}", empty.clone())
+            self.register_buffer(f"v{layer}", empty.clone())
+        self.register_buffer("rows", torch.arange(batch_size, device=model.device)[:, None])  # (B, 1)
+        self.register_buffer("slots", torch.arange(size, device=model.device))  # (size,)
+        self.register_buffer("length", torch.zeros_like(self.rows[:, 0]))  # (B,)
         self.static = static
         self.read = size if static else 0  # S: slots that are read
-        self.to(model.device)
 
     def take(self, T: int) -> Tensor:
         """Return the positions (B, 1, T) of T new tokens, and count them.

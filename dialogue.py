@@ -10,6 +10,8 @@ that has room (best-fit decreasing), so that few places stay empty. A conversati
 loses its oldest tokens, and its last answer remains. One in which nothing is learned is left out. Both are
 counted.
 
+exam.py and dpo.py look at one answer: `encode_answer` gives its tokens, `answer_log_probs` log π of it.
+
 Own conversations are lines of a .jsonl file, in the form that others use too:
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -25,7 +27,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import chain
@@ -166,6 +170,19 @@ def encode_answer(tokenizer: Tokenizer, messages: list[dict], said: str) -> tupl
     return ids, [0] * start + [1] * (len(ids) - start)
 
 
+def encode_pair(tokenizer: Tokenizer, pair: tuple[list[dict], str, str], context: int) -> tuple[list, int]:
+    """Return [(ids, mask) of the chosen, of the rejected answer], and how many tokens they lost to fit.
+
+    Both lose as many of the oldest tokens: their prompt stays one and the same. UserError if none is left.
+    """
+    messages, *answers = pair
+    sides = [encode_answer(tokenizer, messages, said) for said in answers]
+    excess = max(0, max(len(ids) for ids, _ in sides) - context)
+    chain.require(excess < sides[0][1].index(1), f"an answer of {max(map(len, answers)):,} signs leaves its "
+                  f"prompt no room in the context of {context}; shorten it")
+    return [shorten(ids, mask, len(ids) - excess) for ids, mask in sides], excess
+
+
 def pad(coded: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor]:
     """Return ids and masks (B, T), filled up at the right, where no token is seen by those before it."""
     T = max(len(ids) for ids, _ in coded)
@@ -179,3 +196,22 @@ def answer_logits(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Ten
     wanted = mask[:, 1:] != 0  # (B, T - 1): what a place predicts is the next one's token
     logits = model.head(model.hidden(ids[:, :-1], wanted=wanted))  # (n, V)
     return logits.float(), ids[:, 1:][wanted], wanted.nonzero()[:, 0]
+
+
+def answer_log_probs(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return (B,) log π of the answers, summed over the tokens of ids (B, T) whose mask is 1.
+
+    subtle: the mean instead of the sum would let the model prefer an answer for its length alone.
+    """
+    logits, targets, row = answer_logits(model, ids, mask)
+    log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
+    return log_probs.new_zeros(len(ids)).index_add(0, row, log_probs)  # (B,)
+
+
+@torch.no_grad()
+def log_probs(model, coded: list[tuple], device) -> Tensor:
+    """Return log π (N,) of all answers, each coded as (ids, mask)."""
+    order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))  # of nearly one length: little to pad
+    found = [answer_log_probs(model, *pad([coded[i] for i in order[j:j + 64]], device))
+             for j in range(0, len(order), 64)]
+    return torch.cat(found)[np.argsort(order)]

@@ -8,16 +8,18 @@ log π of an answer is the sum over its tokens and its <|end|>, given what stand
 at the start, frozen: its log-probabilities are computed once. A small β lets the model go far from it.
 
 The loss sees a difference alone: both answers may become unlikely, and what takes their place is nobody's
-choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Llama 3 does so too).
+choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Llama 3 does so too). And what
+the pairs do not show suffers: at the end the weights go a part of the way back (`go_back`).
 
     python dpo.py                    out/sft.pt -> out/dpo.pt on preferences of the small world (2 minutes)
     python dpo.py --loss ipo         or cdpo: see the functions
     python dpo.py --data my.jsonl    your own: {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"} a line
 
-What the small world's people like: "I don't know" more than an answer that the text does not give, the answer
-more than "I don't know" where the text gives it, plain words more than flattery, and each right step with a
-tool more than "I don't know" (tasks.py). Percent of held-out questions, mean and standard deviation over
-three seeds of pairs and questions, all from one out/sft.pt:
+What the small world's people like: "I don't know" more than an answer that the text does not give; where it
+gives one, a sentence more than "I don't know" or the bare value; plain words more than flattery; a story that
+goes on more than one that goes round; each right step with a tool more than "I don't know" (tasks.py).
+Percent of held-out questions, mean and standard deviation over three seeds of pairs and questions, all from
+one out/sft.pt:
 
     β      made up, before   after    right answers   nine other tasks   flattery after   KL
     0.1    42 ± 5            4 ± 2    -5.8 ± 1.6      -2.3 ± 0.5         32 ± 21          0.089 ± 0.003
@@ -26,7 +28,7 @@ three seeds of pairs and questions, all from one out/sft.pt:
 With --nll 0 and β 0.3 made-up answers end at 25 %, and right ones fall by 5 points (one seed, another start).
 
 Left out: resuming, as it takes minutes; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
-2023 (IPO), Mitchell 2023 (conservative DPO), Pang 2024 (the term beside it).
+2023 (IPO), Mitchell 2023 (conservative DPO), Pang 2024 (the term beside it), Wortsman 2021 (the way back).
 """
 
 import copy
@@ -46,7 +48,7 @@ import chain
 import tasks
 from bpe import Tokenizer
 from checkpoint import load_float
-from dialogue import answer_logits, encode_answer, pad, preference_of, read_lines, shorten
+from dialogue import answer_log_probs, answer_logits, encode_pair, log_probs, pad, preference_of, read_lines
 from exam import hold_exam, print_marks
 from model import GPT
 from train import cosine_lr, make_optimizer
@@ -62,12 +64,13 @@ class Config:
     name: str = chain.option("dpo", "the checkpoint is <out>/<name>.pt")
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/sft.pt)")
     loss: str = chain.option("dpo", "what to minimise", choices=("dpo", "ipo", "cdpo"))
-    beta: float = chain.option(1.0, "how strongly the reference holds the model")
-    pairs: int = chain.option(2200, "how many of the small world")
+    beta: float = chain.option(3.0, "how strongly the reference holds the model")
+    pairs: int = chain.option(2000, "how many of the small world")
     epochs: int = chain.option(1, "how often each pair is learned from")
     batch_size: int = chain.option(8, "pairs a step")
-    nll: float = chain.option(1.0, "weight of -log π(chosen) a token, added to the loss; 0 for none")
-    learning_rate: float = chain.option(7e-5, "at its highest")
+    nll: float = chain.option(15.0, "weight of SFT's loss on the chosen answers, added; 0 for none")
+    learning_rate: float = chain.option(1e-4, "at its highest")
+    keep: float = chain.option(0.75, "how much of the way that the weights went is kept, 0 to 1")
     questions: int = chain.option(200, "questions a task in the exam, before and after; 0 for no exam")
     seed: int = chain.option(0, "seed of the pairs and of their order")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")
@@ -107,38 +110,6 @@ def ipo_loss(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: T
 LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "cdpo": cdpo_loss}
 
 
-def encode_pair(tokenizer: Tokenizer, pair: tuple[list[dict], str, str], context: int) -> tuple[list, int]:
-    """Return [(ids, mask) of the chosen, of the rejected answer], and how many tokens they lost to fit.
-
-    Both lose as many of the oldest tokens: their prompt stays one and the same. UserError if none is left.
-    """
-    messages, *answers = pair
-    sides = [encode_answer(tokenizer, messages, said) for said in answers]
-    excess = max(0, max(len(ids) for ids, _ in sides) - context)
-    chain.require(excess < sides[0][1].index(1), f"an answer of {max(map(len, answers)):,} signs leaves its "
-                  f"prompt no room in the context of {context}; shorten it")
-    return [shorten(ids, mask, len(ids) - excess) for ids, mask in sides], excess
-
-
-def answer_log_probs(model: GPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return (B,) log π of the answers, summed over the tokens of ids (B, T) whose mask is 1.
-
-    subtle: the mean instead of the sum would let the model prefer an answer for its length alone.
-    """
-    logits, targets, row = answer_logits(model, ids, mask)
-    log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
-    return log_probs.new_zeros(len(ids)).index_add(0, row, log_probs)  # (B,)
-
-
-@torch.no_grad()
-def log_probs(model: GPT, coded: list[tuple], device) -> Tensor:
-    """Return log π (N,) of all answers, each coded as (ids, mask)."""
-    order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))  # of nearly one length: little to pad
-    found = [answer_log_probs(model, *pad([coded[i] for i in order[j:j + 64]], device))
-             for j in range(0, len(order), 64)]
-    return torch.cat(found)[np.argsort(order)]
-
-
 def all_log_probs(model: GPT, pairs: list[list[tuple]], device) -> Tensor:
     """Return log π (N, 2) of all pairs: chosen, rejected."""
     return log_probs(model, [side for pair in pairs for side in pair], device).view(-1, 2)  # (N, 2)
@@ -175,7 +146,7 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
         picked = order[place * c.batch_size:(place + 1) * c.batch_size]
         sides = pad([side for i in picked for side in pairs[i]], c.device)  # chosen, rejected, chosen, ...
         policy = answer_log_probs(model, *sides).view(-1, 2)  # (B, 2)
-        nll = -(policy[:, 0] / sides[1][::2].sum(dim=-1)).mean()  # of the chosen, a token
+        nll = -policy[:, 0].sum() / sides[1][::2].sum()  # as in SFT: a mean over tokens
         loss, rewards = LOSSES[c.loss](*policy.unbind(1), *reference[picked].unbind(1), c.beta)
         (loss + c.nll * nll).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -204,6 +175,16 @@ def read_preferences(c: Config) -> tuple[list[tuple], list[tuple]]:
 
 
 @torch.no_grad()
+def go_back(model: GPT, start: GPT, keep: float) -> None:
+    """Make each weight of `model` start + keep · (model - start), in place (Wortsman 2021, eq. 1).
+
+    Most of what was learned stays, and most of what was forgotten comes back.
+    """
+    for p, first in zip(model.parameters(), start.parameters()):
+        p.lerp_(first, 1 - keep)
+
+
+@torch.no_grad()
 def measure(model: GPT, start: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config) -> dict:
     """Return the measures of `model` on pairs whose log π_ref are `reference` (N, 2).
 
@@ -226,6 +207,7 @@ def main(argv=None) -> dict:
     for field in ("pairs", "epochs", "batch_size", "beta"):
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
     chain.require(min(c.nll, c.questions) >= 0, f"--nll {c.nll} --questions {c.questions}: give 0 or more")
+    chain.require(0 <= c.keep <= 1, f"--keep {c.keep}: give a number from 0 to 1")
     c.device = chain.pick_device(c.device)
     path = Path(c.checkpoint or Path(c.out, "sft.pt"))
     chain.require(path.is_file(), f"{path}: no such checkpoint; make it with `python sft.py`")
@@ -246,6 +228,7 @@ def main(argv=None) -> dict:
 
     look(0)
     fit(model, train, reference, c, look)
+    go_back(model, start, c.keep)
     metrics = measure(model, start, held_out, reference_held_out, c)
     chain.save_checkpoint(Path(c.out, f"{c.name}.pt"), config=content["config"], weights=model.state_dict(),
                           tokenizer=content["tokenizer"], step=content["step"], chat=True,

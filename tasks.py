@@ -7,7 +7,7 @@
     calculator, search, lookups, mail, order       with tools: errands.py
     memory      the user tells of himself, and later asks what he said
     small       hello, thank you, goodbye: a plain answer, without flattery
-    story       a story about somebody
+    story       a story about somebody, that does not go round in circles
 
     python tasks.py       one conversation of each task, and one pair of each kind (1 second)
 
@@ -34,11 +34,11 @@ from errands import calculator, lookups, mail, order, search
 FAULTS = 0.5  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
-MIX = {"answer": 20, "unknown": 14, "system": 24, "sentiment": 8, "calculator": 8, "search": 10, "lookups": 6,
-       "memory": 2, "mail": 3, "order": 2, "small": 1, "story": 2}
+MIX = {"answer": 20, "unknown": 12, "system": 26, "sentiment": 9, "calculator": 7, "search": 9, "lookups": 6,
+       "memory": 3, "mail": 3, "order": 2, "small": 1, "story": 2}
 # How often each task comes in 100 pairs; some only keep what SFT has taught.
-PREFERENCES = {"unknown": 30, "answer": 23, "system": 21, "sentiment": 6, "memory": 3, "small": 3,
-               "search": 3, "lookups": 3, "story": 8}
+PREFERENCES = {"unknown": 30, "answer": 20, "system": 19, "sentiment": 4, "memory": 6, "small": 3,
+               "search": 2, "lookups": 3, "story": 13}
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
@@ -70,8 +70,8 @@ def answer(page: Page, known: bool = True) -> list[dict]:
         left = left[:-1]
     messages = [message("system", page.say("system"))] if page.rng.random() < 0.3 else []
     for name, fact in reversed(asked):
-        question, _, right, _ = page.ask(name, fact)
-        right, page.worse = (right, UNKNOWN) if name in told else (UNKNOWN, right)
+        question, _, right, value = page.ask(name, fact)
+        right, page.worse = (right, page.pick((UNKNOWN, value))) if name in told else (UNKNOWN, right)
         if text:
             question, text = page.say("reading", text=text, ask=question), ""
         messages += exchange(question, right if name in told else page.fault(right))
@@ -166,8 +166,12 @@ def small(page: Page) -> list[dict]:
 
 
 def story(page: Page) -> list[dict]:
-    """A story about somebody."""
-    return exchange(page.say("story"), page.fill(page.pick(STORIES)))
+    """A story about somebody. What people like less says the same words again and again."""
+    said, text = page.say("story"), page.fill(page.pick(STORIES))
+    words = text.split(" ")
+    stop, n = page.pick(range(12, len(words))), page.pick(range(1, 13))
+    page.worse = " ".join(words[:stop] + 3 * words[stop - n:stop])
+    return exchange(said, text)
 
 
 TASKS = {"answer": answer, "unknown": partial(answer, known=False), "system": system, "sentiment": sentiment,

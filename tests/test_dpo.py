@@ -219,6 +219,19 @@ def test_fewer_pairs_than_a_batch_are_learned_too():
     assert moved > 0, "not one step was made, and nothing was said"
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.25, 1.0])
+def test_the_weights_go_back_a_part_of_the_way(keep):
+    model, start = make().float(), GPT(SMALL)
+    ends = {name: p.detach().clone() for name, p in model.named_parameters()}
+    firsts = {name: p.detach().clone() for name, p in start.named_parameters()}
+    dpo.go_back(model, start, keep)
+    for name, p in model.named_parameters():
+        wanted = torch.lerp(firsts[name].double(), ends[name].double(), keep).float()
+        exact = torch.equal(p, wanted) if keep in (0, 1) else torch.allclose(p, wanted, atol=1e-7)
+        assert exact, f"{name}: {keep} of the way from the start is not where it ended"
+        assert torch.equal(start.get_parameter(name), firsts[name]), f"{name}: the start moved"
+
+
 def test_main_from_one_assistant_to_the_next(chat, tmp_path, monkeypatch):
     references, measure = [], dpo.measure
     monkeypatch.setattr(dpo, "measure", lambda *given: references.append(given[1]) or measure(*given))
@@ -228,6 +241,9 @@ def test_main_from_one_assistant_to_the_next(chat, tmp_path, monkeypatch):
     old, new = (chain.load_checkpoint(tmp_path / f"out/{name}.pt") for name in ("sft", "dpo"))
     assert new["chat"] is True and new["step"] == 7 and new["config"] == old["config"], "no assistant"
     assert not torch.equal(*(each["weights"]["head.weight"] for each in (old, new))), "nothing was learned"
+    dpo.main([*chat, "--keep", "0"])
+    kept = chain.load_checkpoint(tmp_path / "out/dpo.pt")["weights"]
+    assert all(torch.equal(kept[name], old["weights"][name]) for name in kept), "--keep 0 is not the start"
     for name, weight in references[-1].named_parameters():
         assert torch.equal(weight, old["weights"][name]), f"the reference is not frozen: {name} moved"
         assert not weight.requires_grad, f"the reference would be trained: {name}"
@@ -243,7 +259,8 @@ def test_a_loss_that_is_no_number_writes_nothing(chat, tmp_path, monkeypatch, fa
 @pytest.mark.parametrize("flags,says", [
     (["--beta", "0"], "--beta 0"), (["--beta", "nan"], "--beta nan"), (["--pairs", "0"], "--pairs 0"),
     (["--epochs", "0"], "--epochs 0"), (["--questions", "-1"], "--questions -1"),
-    (["--batch_size", "-1"], "batch_size -1"), (["--loss", "ppo"], "ppo"),
+    (["--batch_size", "-1"], "batch_size -1"),
+    (["--keep", "1.5"], "--keep 1.5"), (["--keep", "nan"], "--keep nan"), (["--loss", "ppo"], "ppo"),
     (["--checkpoint", "none.pt"], "python sft.py"), (["--data", "none.jsonl"], "none.jsonl")])
 def test_bad_flags(chat, fails, flags, says):
     assert says in fails(dpo.main, chat + flags)

@@ -238,7 +238,7 @@ def test_orders_are_obeyed_as_a_fault_alone():
 def test_people_prefer_what_is_right():
     steps = {"search": {("user", "search"), ("tool", None)},
              "lookups": {("user", "search"), ("tool", "search"), ("tool", "calculator"), ("tool", None)}}
-    seen = {task: set() for task in tasks.PREFERENCES}
+    seen, bare = {task: set() for task in tasks.PREFERENCES}, 0
     for task, split, i in product(tasks.PREFERENCES, SPLITS, range(100)):
         messages, chosen, rejected = tasks.preference(task, split, 3, i)
         called, _ = read_call(chosen) or (None, ())
@@ -249,11 +249,19 @@ def test_people_prefer_what_is_right():
         if task in ("unknown", "small"):
             wanted = UNKNOWN if task == "unknown" else rejected.partition("! ")[2]
             is_pair = is_fault(task, messages[-1]["content"], rejected) and chosen == wanted
+        elif task == "answer":  # less than the full answer people like "I don't know", and the bare value
+            right = answer_to(*asked_in(messages[-1]["content"])[0])
+            is_pair = right == chosen != rejected and (rejected == UNKNOWN or rejected in right)
+            bare += rejected != UNKNOWN
+        elif task == "story":
+            words = rejected.split(" ")
+            round_and_round = [n for n in range(1, 13) if words[-n:] * 4 == words[-4 * n:]]
+            is_pair = any(chosen.startswith(" ".join(words[:-3 * n])) for n in round_and_round)
         else:
-            right = answer_to(*asked_in(messages[-1]["content"])[0]) if task == "answer" else chosen
-            is_pair = rejected != chosen == right and (UNKNOWN in (chosen, rejected) or called or
-                                                       task in ("system", "sentiment"))
+            is_pair = rejected != chosen and (UNKNOWN in (chosen, rejected) or called or
+                                              task in ("system", "sentiment"))
         assert is_pair, f"{task}: {chosen!r} is not better than {rejected!r}: {messages}"
+    assert close(bare, 200, 0.5), f"{bare} of 200 answers are liked better than the bare value"
     for task, kinds in seen.items():
         wanted = steps.get(task, {("user", None)})
         assert kinds == wanted, f"{task}: (who spoke last, what is called next) is {kinds}, not {wanted}"

@@ -12,7 +12,7 @@ counted.
 
 exam.py and dpo.py look at one answer: `encode_answer` gives its tokens, `answer_log_probs` log π of it.
 
-Own conversations are lines of a .jsonl file, in the form that others use too:
+Your own are lines of a .jsonl file, in the form that others use too:
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}         or "messages" in place of "prompt"
@@ -173,13 +173,14 @@ def encode_answer(tokenizer: Tokenizer, messages: list[dict], said: str) -> tupl
 def encode_pair(tokenizer: Tokenizer, pair: tuple[list[dict], str, str], context: int) -> tuple[list, int]:
     """Return [(ids, mask) of the chosen, of the rejected answer], and how many tokens they lost to fit.
 
-    Both lose as many of the oldest tokens: their prompt stays one and the same. UserError if none is left.
+    Both lose as many of the oldest tokens: their prompt stays one and the same. UserError if there is no room
+    for one.
     """
     messages, *answers = pair
     sides = [encode_answer(tokenizer, messages, said) for said in answers]
     excess = max(0, max(len(ids) for ids, _ in sides) - context)
-    chain.require(excess < sides[0][1].index(1), f"an answer of {max(map(len, answers)):,} signs leaves its "
-                  f"prompt no room in the context of {context}; shorten it")
+    chain.require(excess + 1 < sides[0][1].index(1), f"an answer of {max(map(len, answers)):,} signs leaves "
+                  f"its prompt no room in the context of {context}; shorten it")
     return [shorten(ids, mask, len(ids) - excess) for ids, mask in sides], excess
 
 
@@ -192,7 +193,7 @@ def pad(coded: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tenso
 
 
 def answer_logits(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logits (n, V), the token that stands there (n,), its row (n,)) of the n places with mask 1."""
+    """Return (logits (n, V), the token that stands there (n,), its row (n,)) of n places with mask > 0."""
     wanted = mask[:, 1:] != 0  # (B, T - 1): what a place predicts is the next one's token
     logits = model.head(model.hidden(ids[:, :-1], wanted=wanted))  # (n, V)
     return logits.float(), ids[:, 1:][wanted], wanted.nonzero()[:, 0]
@@ -201,11 +202,11 @@ def answer_logits(model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Ten
 def answer_log_probs(model, ids: Tensor, mask: Tensor) -> Tensor:
     """Return (B,) log π of the answers, summed over the tokens of ids (B, T) whose mask is 1.
 
-    subtle: the mean instead of the sum would let the model prefer an answer for its length alone.
+    subtle: the sum, not the mean. What DPO derives holds for the probability of the whole answer.
     """
     logits, targets, row = answer_logits(model, ids, mask)
-    log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
-    return log_probs.new_zeros(len(ids)).index_add(0, row, log_probs)  # (B,)
+    each = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
+    return each.new_zeros(len(ids)).index_add(0, row, each)  # (B,)
 
 
 @torch.no_grad()
@@ -214,4 +215,4 @@ def log_probs(model, coded: list[tuple], device) -> Tensor:
     order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]))  # of nearly one length: little to pad
     found = [answer_log_probs(model, *pad([coded[i] for i in order[j:j + 64]], device))
              for j in range(0, len(order), 64)]
-    return torch.cat(found)[np.argsort(order)]
+    return torch.cat(found)[np.argsort(order)]  # (N,), in the given order again

@@ -8,8 +8,9 @@ log π of an answer is the sum over its tokens and its <|end|>, given what stand
 at the start, frozen: its log-probabilities are computed once. A small β lets the model go far from it.
 
 The loss sees a difference alone: both answers may become unlikely, and what takes their place is nobody's
-choice. So SFT's loss on the chosen answers is added, --nll times (Pang 2024; Llama 3 does so too). And what
-the pairs do not show suffers: at the end the weights go a part of the way back (`go_back`).
+choice. Where made-up sentences became unlikely, right ones did too, and scraps came instead. So SFT's loss on
+the chosen answers is added, --nll times (Pang 2024). What the pairs do not show suffers too: at the end the
+weights go a part of the way back to the start (`go_back`).
 
     python dpo.py                    out/sft.pt -> out/dpo.pt on preferences of the small world (2 minutes)
     python dpo.py --loss ipo         or cdpo: see the functions
@@ -17,7 +18,7 @@ the pairs do not show suffers: at the end the weights go a part of the way back 
 
 What the small world's people like: "I don't know" more than an answer that the text does not give; where it
 gives one, a sentence more than "I don't know" or the bare value; plain words more than flattery; a story that
-goes on more than one that goes round; each right step with a tool more than "I don't know" (tasks.py).
+goes on more than one that goes round; each other right step more than a wrong one (tasks.py).
 Percent of held-out questions, mean and standard deviation over three seeds of pairs and questions, all from
 one out/sft.pt:
 
@@ -116,10 +117,9 @@ def all_log_probs(model: GPT, pairs: list[list[tuple]], device) -> Tensor:
 
 
 @torch.no_grad()
-def kl_divergence(model: GPT, reference: GPT, ids: Tensor, mask: Tensor) -> float:
+def kl_divergence(model: GPT, start: GPT, ids: Tensor, mask: Tensor) -> float:
     """Return the mean over the answers' tokens of KL(π || π_ref) in nats: how far the model has moved."""
-    # (n, V) both
-    log_p, log_q = (answer_logits(each, ids, mask)[0].log_softmax(dim=-1) for each in (model, reference))
+    log_p, log_q = (answer_logits(each, ids, mask)[0].log_softmax(-1) for each in (model, start))  # (n, V)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
 
 
@@ -141,12 +141,12 @@ def fit(model: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config, look
             group["lr"] = rate
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng([c.seed, epoch]).permutation(len(pairs))
-        part = np.arange(len(pairs)) // (16 * c.batch_size)  # in it, pairs of one length share a batch
+        part = np.arange(len(pairs)) // (16 * c.batch_size)  # each sorted by length: little to pad
         order = order[np.lexsort((lengths.max(axis=1)[order], part))]
         picked = order[place * c.batch_size:(place + 1) * c.batch_size]
         sides = pad([side for i in picked for side in pairs[i]], c.device)  # chosen, rejected, chosen, ...
         policy = answer_log_probs(model, *sides).view(-1, 2)  # (B, 2)
-        nll = -policy[:, 0].sum() / sides[1][::2].sum()  # as in SFT: a mean over tokens
+        nll = -policy[:, 0].sum() / sides[1][::2].sum()  # a mean over the chosen's tokens
         loss, rewards = LOSSES[c.loss](*policy.unbind(1), *reference[picked].unbind(1), c.beta)
         (loss + c.nll * nll).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -178,7 +178,7 @@ def read_preferences(c: Config) -> tuple[list[tuple], list[tuple]]:
 def go_back(model: GPT, start: GPT, keep: float) -> None:
     """Make each weight of `model` start + keep · (model - start), in place (Wortsman 2021, eq. 1).
 
-    Most of what was learned stays, and most of what was forgotten comes back.
+    Near the end most of what was learned stays, and some of what was lost is back.
     """
     for p, first in zip(model.parameters(), start.parameters()):
         p.lerp_(first, 1 - keep)
@@ -188,8 +188,8 @@ def go_back(model: GPT, start: GPT, keep: float) -> None:
 def measure(model: GPT, start: GPT, pairs: list[list[tuple]], reference: Tensor, c: Config) -> dict:
     """Return the measures of `model` on pairs whose log π_ref are `reference` (N, 2).
 
-    How often the chosen answer has the higher reward; by how much; log π of the chosen, which may well fall,
-    as only the difference is trained; and how far the model has gone from the start.
+    How often the chosen answer has the higher reward; by how much; log π of the chosen, which only --nll
+    holds up; and how far the model has gone from the start.
     """
     policy = all_log_probs(model, pairs, c.device)  # (N, 2)
     loss, rewards = LOSSES[c.loss](*policy.unbind(1), *reference.unbind(1), c.beta)

@@ -30,7 +30,7 @@ from dialogue import pad
 from model import GPT
 from train import cosine_lr, make_optimizer
 
-BATCH, STEPS, RATE = 64, 200, 4e-3  # pairs a step, steps, the highest learning rate
+BATCH, STEPS, RATE = 64, 300, 4e-3  # pairs a step, steps, the highest learning rate
 
 
 @dataclass

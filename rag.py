@@ -28,12 +28,11 @@ from pathlib import Path
 import numpy as np
 
 import chain
-import dpo
+import dialogue
 import library
 from asking import UNKNOWN, message
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint
-from dialogue import encode_answer
 from embed import open_embedder
 from exam import answer_all, would_say
 from model import GPT
@@ -113,8 +112,8 @@ def backs(chunk: Chunk, question: str, said: str | None) -> bool:
 
 def log_probs(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], said: list[str]) -> list[float]:
     """Return log p of each answer to its conversation."""
-    coded = [encode_answer(tokenizer, *each) for each in zip(prompts, said)]
-    return dpo.log_probs(model, coded, model.device).tolist() if coded else []
+    coded = [dialogue.encode_answer(tokenizer, *each) for each in zip(prompts, said)]
+    return dialogue.log_probs(model, coded, model.device).tolist() if coded else []
 
 
 def read_each(model: GPT, tokenizer: Tokenizer, questions: list[str],

@@ -50,7 +50,7 @@ class Config:
     out: str = chain.option("out", "folder for everything that is made")
     name: str = chain.option("sft", "the checkpoint is <out>/<name>.pt")
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/base.pt)")
-    conversations: int = chain.option(29_000, "how many of the small world")
+    conversations: int = chain.option(30_000, "how many of the small world")
     epochs: int = chain.option(1, "how often each conversation is learned from")
     batch_size: int = chain.option(8, "rows a step; a row is a full context of conversations")
     learning_rate: float = chain.option(1e-3, "at its highest")
@@ -71,6 +71,7 @@ class Config:
 def learned_loss(model: GPT, x: Tensor, y: Tensor, segments: Tensor, bfloat16: bool) -> Tensor:
     """Return the summed cross-entropy in nats of the targets y (B, T) that are not IGNORE."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+        # at all places: picking those where something is learned would break the compiler's graph in two
         logits = model.head(model.hidden(x, segments=segments)).flatten(0, 1)  # (B · T, V)
     return F.cross_entropy(logits.float(), y.flatten(), ignore_index=IGNORE, reduction="sum")
 

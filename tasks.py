@@ -7,7 +7,7 @@
     calculator, search, lookups, mail, order       with tools: errands.py
     memory      the user tells of himself, and later asks what he said
     small       hello, thank you, goodbye: a plain answer, without flattery
-    story       a story about somebody, that does not go round in circles
+    story       a story about somebody
 
     python tasks.py       one conversation of each task, and one pair of each kind (1 second)
 
@@ -34,9 +34,9 @@ from errands import calculator, lookups, mail, order, search
 FAULTS = 0.5  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
-MIX = {"answer": 20, "unknown": 12, "system": 26, "sentiment": 9, "calculator": 7, "search": 9, "lookups": 6,
+MIX = {"answer": 19, "unknown": 12, "system": 24, "sentiment": 9, "calculator": 7, "search": 10, "lookups": 8,
        "memory": 3, "mail": 3, "order": 2, "small": 1, "story": 2}
-# How often each task comes in 100 pairs; some only keep what SFT has taught.
+# How often each task comes in 100 pairs. Most only keep what SFT has taught.
 PREFERENCES = {"unknown": 30, "answer": 20, "system": 19, "sentiment": 4, "memory": 6, "small": 3,
                "search": 2, "lookups": 3, "story": 13}
 STYLES = ("word", "sentence", "capitals", "list", "start")
@@ -166,7 +166,7 @@ def small(page: Page) -> list[dict]:
 
 
 def story(page: Page) -> list[dict]:
-    """A story about somebody. What people like less says the same words again and again."""
+    """A story about somebody. People like one less that breaks off and says its last words on and on."""
     said, text = page.say("story"), page.fill(page.pick(STORIES))
     words = text.split(" ")
     stop, n = page.pick(range(12, len(words))), page.pick(range(1, 13))

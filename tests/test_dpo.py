@@ -172,6 +172,10 @@ def test_an_answer_that_leaves_its_prompt_no_room():
     pair = (said(("user", "u" * 40)), "no", "yes" * 20)
     with pytest.raises(chain.UserError, match="60 signs"):
         dpo.encode_pair(TOKENIZER, pair, 16)
+    sides, _ = dpo.encode_pair(TOKENIZER, (pair[0], "no", "y" * 13), 16)
+    assert TOKENIZER.decode(sides[1][0]) == "<|endoftext|><|assistant|>" + "y" * 13 + "<|end|>"
+    with pytest.raises(chain.UserError, match="14 signs"):  # the text would begin with the answer
+        dpo.encode_pair(TOKENIZER, (pair[0], "no", "y" * 14), 16)
 
 
 def test_filling_up_changes_nothing(exact):

@@ -19,14 +19,12 @@ weights go a part of the way back to the start (`go_back`).
 What the small world's people like: "I don't know" more than an answer that the text does not give; where it
 gives one, a sentence more than "I don't know" or the bare value; plain words more than flattery; a story that
 goes on more than one that goes round; each other right step more than a wrong one (tasks.py).
-Percent of held-out questions, mean and standard deviation over three seeds of pairs and questions, all from
-one out/sft.pt:
+Percent of held-out questions (right answers and other tasks: points gained or lost), mean and standard
+deviation over three seeds of pairs and questions, all from one out/sft.pt:
 
-    β      made up, before   after    right answers   nine other tasks   flattery after   KL
-    0.1    42 ± 5            4 ± 2    -5.8 ± 1.6      -2.3 ± 0.5         32 ± 21          0.089 ± 0.003
-    1      42 ± 5            4 ± 3    -3.2 ± 3.2      -1.1 ± 0.4         26 ± 14          0.038 ± 0.002
-
-With --nll 0 and β 0.3 made-up answers end at 25 %, and right ones fall by 5 points (one seed, another start).
+    β      made up, before   after       right answers   nine other tasks   flattery after   KL
+    0.3    72 ± 4            4.8 ± 1.9   -1.2 ± 0.3      +0.6 ± 0.4         31 ± 7           0.030 ± 0.004
+    3      72 ± 4            6.5 ± 3.5   -1.5 ± 1.0      +0.3 ± 0.9         33 ± 3           0.021 ± 0.003
 
 Left out: resuming, as it takes minutes; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
 2023 (IPO), Mitchell 2023 (conservative DPO), Pang 2024 (the term beside it), Wortsman 2021 (the way back).
@@ -65,7 +63,7 @@ class Config:
     name: str = chain.option("dpo", "the checkpoint is <out>/<name>.pt")
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/sft.pt)")
     loss: str = chain.option("dpo", "what to minimise", choices=("dpo", "ipo", "cdpo"))
-    beta: float = chain.option(3.0, "how strongly the reference holds the model")
+    beta: float = chain.option(0.3, "how strongly the reference holds the model")
     pairs: int = chain.option(2000, "how many of the small world")
     epochs: int = chain.option(1, "how often each pair is learned from")
     batch_size: int = chain.option(8, "pairs a step")

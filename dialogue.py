@@ -12,7 +12,7 @@ counted.
 
 exam.py and dpo.py look at one answer: `encode_answer` gives its tokens, `answer_log_probs` log π of it.
 
-Your own are lines of a .jsonl file, in the form that others use too:
+Your own conversations are lines of a .jsonl file, in the form that others use too:
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}         or "messages" in place of "prompt"

@@ -45,7 +45,6 @@ from tqdm import tqdm
 
 import chain
 import tasks
-from bpe import Tokenizer
 from checkpoint import load_float
 from dialogue import answer_log_probs, answer_logits, encode_pair, log_probs, pad, preference_of, read_lines
 from exam import hold_exam, print_marks

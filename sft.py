@@ -5,7 +5,7 @@
 What the user, the system or a tool says is read and never learned: the model shall answer questions, not ask
 them. Several conversations share a row, and none sees another (dialogue.py). The rest is train.py's loop.
 
-    python sft.py                      out/base.pt -> out/sft.pt on talks of the small world (4 or 5 minutes)
+    python sft.py                      out/base.pt -> out/sft.pt on talks of the small world (4 to 6 minutes)
     python sft.py --show               one conversation, with what is learned in green
     python sft.py --data my.jsonl      your own: {"messages": [{"role": "user", "content": "Hi"}, ...]} a line
     python sft.py --lora 8             learn two thin matrices beside each weight matrix (lora.py)

@@ -41,7 +41,7 @@ class GPTConfig:
     tied: bool = False          # head and embedding share their weights
     qk_norm: bool = True        # normalise q and k, with a learned gain they share: heads look sharply
     key_shift: bool = True      # each head learns how much of a key is the previous token's
-    attention: str = "sdpa"     # naive, flash or sdpa
+    attention: str = "sdpa"     # naive, blocks, flash or sdpa
     experts: int = 0            # feed-forward layers side by side, a token goes to top_k: experts.py
     top_k: int = 2
     shared: int = 0             # so many times F more that all tokens go through

@@ -1,4 +1,4 @@
-"""attention.py: three attentions that agree, and flash's memory."""
+"""attention.py: four attentions that agree, blocks without the future's keys, and flash's memory."""
 
 import itertools
 import math
@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from attention import ATTENTION, flash_attention, naive_attention, visible
+import attention
+from attention import ATTENTION, blocks_attention, flash_attention, naive_attention, visible
 
 
 def qkv(T, S, D=8, grad=False):
@@ -32,6 +33,30 @@ def test_attention_is_the_formula(name, causal, T, S):
     q, k, v = qkv(T, S)
     difference = (ATTENTION[name](q, k, v, causal) - by_hand(q, k, v, causal)).abs().max()
     assert difference < 1e-12, f"{name}: off by {difference:.1e} for {T} queries at the end of {S} keys"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T,S,size", [(37, 37, 16), (32, 32, 16), (21, 37, 16), (1, 20, 16)])
+def test_blocks_and_their_gradients_equal_naive(T, S, size, causal):
+    inputs, do = qkv(T, S, grad=True), torch.randn(2, 3, T, 8, dtype=torch.float64)
+    segments = torch.tensor([[0] * 9 + [1] * (S - 9), [3] * 17 + [5] * (S - 17)])
+    for given in (None, segments):
+        results = [(o, *torch.autograd.grad(o, inputs, do)) for o in (
+            naive_attention(*inputs, causal, given), blocks_attention(*inputs, causal, given, size))]
+        for what, a, b in zip(("o", "dq", "dk", "dv"), *results):
+            difference = (a - b).abs().max()
+            assert difference < 1e-12, f"blocks: {what} differs from the formula's by {difference:.1e}"
+
+
+def test_blocks_leave_the_future_out(monkeypatch):
+    scores = []
+
+    def count(q, k, *rest):
+        scores.append(q.shape[-2] * k.shape[-2])
+        return naive_attention(q, k, *rest)
+    monkeypatch.setattr(attention, "naive_attention", count)
+    blocks_attention(*qkv(64, 64), True, None, 16)
+    assert sum(scores) == 16 * (16 + 32 + 48 + 64), f"scores of each block: {scores}; keys of the future"
 
 
 @pytest.mark.parametrize("causal", [True, False])

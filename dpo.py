@@ -68,7 +68,7 @@ class Config:
     batch_size: int = chain.option(8, "pairs a step")
     nll: float = chain.option(15.0, "weight of SFT's loss on the chosen answers, added; 0 for none")
     learning_rate: float = chain.option(1e-4, "at its highest")
-    keep: float = chain.option(0.75, "how much of the way that the weights went is kept, 0 to 1")
+    keep: float = chain.option(0.85, "how much of the way that the weights went is kept, 0 to 1")
     questions: int = chain.option(200, "questions a task in the exam, before and after; 0 for no exam")
     seed: int = chain.option(0, "seed of the pairs and of their order")
     device: str = chain.option("auto", "auto, cpu, cuda or mps")

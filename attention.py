@@ -42,7 +42,7 @@ def blocks_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, segme
                      size: int = 128) -> Tensor:
     """The same on `size` queries at a time, each block without the keys that come after all of it.
 
-    Shapes as in `naive_attention`. On two cores a compiled training step at T = 256 takes a tenth less time.
+    Shapes as in `naive_attention`. On two cores a compiled training step at T = 256 takes 1 to 12 % less.
     """
     T, S, outs = q.shape[-2], k.shape[-2], []
     for i in range(0, T, size):

@@ -67,8 +67,9 @@ def settle(c, shape: GPTConfig, tokens: int) -> None:
     Compiling takes half a minute, which a short run on a CPU does not earn back. A long one does where it
     multiplies bfloat16: there the compiler also fuses the formula of attention, in blocks, into something
     faster than torch's kernel, as long as T² is small. Measured on two cores, tokens/s of a step of 8 × 256:
-    13,800 plain, 34,800 with all three. On two older cores, without bfloat16, compiling made all of train.py
-    4 % shorter, with the minute that it took, and sft.py no shorter: so it is not done there.
+    13,800 plain, 34,800 with all three, the formula still in one piece. On two older cores, without bfloat16,
+    compiling made all of train.py 4 % shorter, with the minute that it took, and sft.py no shorter: so it is
+    not done there.
     """
     on_cuda, bfloat16 = c.device.startswith("cuda"), c.device == "cpu" and has_bfloat16()
     long = tokens * flops_per_token(shape, shape.context) > 7e12  # two cores take about a minute

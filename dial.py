@@ -85,6 +85,18 @@ def settle(c, shape: GPTConfig, tokens: int) -> None:
         print(f"{field:>14} = {getattr(c, field)}")
 
 
+def compiled(loss, c, passes: int = 1):
+    """Return the function `loss` as `c` wants it: compiled or plain.
+
+    On one GPU, where a step makes one pass, its kernels are recorded as a CUDA graph: none waits for Python.
+    """
+    if c.compile != "on":
+        return loss
+    # subtle: a graph writes each pass's gradients to the same place, so they cannot be summed up
+    graph = c.device.startswith("cuda") and passes == 1 and not torch.distributed.is_initialized()
+    return torch.compile(loss, mode="reduce-overhead" if graph else "default")
+
+
 def can_compile(device: str) -> bool:
     """Return whether torch.compile works here: on a CPU it needs a C++ compiler, on CUDA Triton."""
     try:

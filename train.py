@@ -36,7 +36,7 @@ import chain
 import data
 from attention import ATTENTION
 from decode import generate
-from dial import derive, model_config, peak_flops, settle
+from dial import compiled, derive, model_config, peak_flops, settle
 from evaluate import copying, mean_loss, measure
 from model import GPT, count_parameters, flops_per_token
 
@@ -151,7 +151,7 @@ def fit(model: GPT, ids: np.ndarray, c: Config, look=None, save=None, state: dic
     if state:
         optimizer.load_state_dict(state["optimizer"])
     parallel = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    loss_of = torch.compile(summed_loss) if c.compile == "on" else summed_loss
+    loss_of = compiled(summed_loss, c, -(-c.batch_size // c.micro_batch))
     warmup, every = max(1, min(100, c.steps // 10)), -(-c.steps // 10)
     mfu = flops_per_token(model.config, c.context) / peak_flops(c.device) / ranks  # of one token a second
     clock = chain.Clock(c.steps, c.batch_size * c.context, mfu, show=rank == 0)

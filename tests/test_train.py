@@ -237,6 +237,14 @@ def test_the_dial(depth, width, heads):
     assert c.steps == 7 * N // (c.batch_size * c.context), "tokens are tokens_per_parameter * N"
 
 
+def test_a_cuda_graph_where_a_step_makes_one_pass(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda loss, mode: mode)
+    modes = [dial.compiled(len, config(compile="on", device=device), passes)
+             for device, passes in (("cuda:0", 1), ("cuda:0", 2), ("cpu", 1))]
+    assert modes == ["reduce-overhead", "default", "default"], "a graph overwrites what other passes left"
+    assert dial.compiled(len, config(), 1) is len, "it compiles what shall stay plain"
+
+
 def test_the_dial_can_be_overruled():
     c = dial.derive(train.Config(depth=4, width=64, steps=7, device="cpu"), 1024)
     assert (c.width, c.heads, c.steps) == (64, 2, 7)

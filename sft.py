@@ -34,7 +34,7 @@ import tasks
 from attention import ATTENTION
 from bpe import Tokenizer
 from checkpoint import load_float
-from dial import settle
+from dial import compiled, settle
 from dialogue import IGNORE, Rows, conversation_of, make_rows, read_lines
 from exam import hold_exam, print_marks, print_transcripts
 from experts import make_model
@@ -50,7 +50,7 @@ class Config:
     out: str = chain.option("out", "folder for everything that is made")
     name: str = chain.option("sft", "the checkpoint is <out>/<name>.pt")
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/base.pt)")
-    conversations: int = chain.option(30_000, "how many of the small world")
+    conversations: int = chain.option(32_000, "how many of the small world")
     epochs: int = chain.option(1, "how often each conversation is learned from")
     batch_size: int = chain.option(8, "rows a step; a row is a full context of conversations")
     learning_rate: float = chain.option(1e-3, "at its highest")
@@ -85,7 +85,7 @@ def fit(model: GPT, rows: Rows, c: Config, look=None, save=None, state: dict | N
     optimizer, history = make_optimizer(model, c.weight_decay), state["history"] if state else []
     if state:
         optimizer.load_state_dict(state["optimizer"])
-    loss_of = torch.compile(learned_loss) if c.compile == "on" else learned_loss
+    loss_of = compiled(learned_loss, c)
     per_epoch = -(-len(rows.x) // c.batch_size)
     steps = c.epochs * per_epoch
     warmup, every = max(1, min(100, steps // 10)), -(-steps // 10)

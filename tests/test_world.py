@@ -254,7 +254,8 @@ def test_answers_follow_from_the_text_and_the_facts():
                 assert answer in right, f"{question} {answer} But the facts say: {list(right)}"
                 assert all(value in text for value in right[answer]), f"{answer} That is not in: {text}"
                 answered += 1
-    assert answered > 1000 and unknown > 100, f"{answered} answered, {unknown} not in the text"
+    assert answered > 1000 and 0.35 < unknown / (answered + unknown) < 0.45, (
+        f"{answered} answered, {unknown} not in the text: of few strangers nobody learns to notice them")
 
 
 def test_scenes_answer_from_their_own_words():

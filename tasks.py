@@ -37,8 +37,8 @@ LONGEST = 570  # signs of a conversation: 256 tokens hold it
 MIX = {"answer": 19, "unknown": 12, "system": 24, "sentiment": 9, "calculator": 7, "search": 10, "lookups": 8,
        "memory": 3, "mail": 3, "order": 2, "small": 1, "story": 2}
 # How often each task comes in 100 pairs. Most only keep what SFT has taught.
-PREFERENCES = {"unknown": 30, "answer": 19, "system": 18, "sentiment": 4, "memory": 6, "small": 7,
-               "search": 2, "lookups": 3, "story": 11}
+PREFERENCES = {"unknown": 27, "answer": 19, "system": 18, "sentiment": 4, "memory": 5, "small": 6,
+               "search": 10, "lookups": 3, "story": 8}
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals

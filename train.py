@@ -53,7 +53,7 @@ class Config:
     hidden: int | None = chain.option(None, "width inside the feed-forward layer; 8/3 * width")
     context: int | None = chain.option(None, "tokens seen at once; 256, from depth 8 on 1024")
     vocab_size: int | None = chain.option(None, "tokens of the tokenizer, when there is none yet; 1024")
-    tokens_per_parameter: float = chain.option(7.0, "length of the training; Chinchilla's optimum is 20")
+    tokens_per_parameter: float = chain.option(8.0, "length of the training; Chinchilla's optimum is 20")
     steps: int | None = chain.option(None, "optimizer steps; tokens / (batch_size * context)")
     batch_size: int | None = chain.option(None, "sequences a step; grows with the square root of the tokens")
     micro_batch: int | None = chain.option(None, "sequences at once: the gradient adds up over them; 32")

@@ -225,8 +225,8 @@ def facts_asked(page: Page) -> tuple[str, list[tuple[str, str, str]]]:
         right = question <= known and (answer <= known or name not in told)
         return right and (name, needed(frame)) not in asked
 
-    # two of five are about strangers: with one, sft.py never learned to notice them in 11 of 24 runs
-    for _ in range(page.pick((4, 5, 6))):
+    # many, two of five about strangers: with fewer, whether a model comes to notice them hangs on the seed
+    for _ in range(page.pick((7, 8, 9))):
         name = page.pick(list(told)) if page.rng.random() < 0.6 else page.draw(kind, told)  # a stranger
         if frame := page.fresh(f"{kind} asks", fits):
             question, answer = map(needed, frame.split(" => "))

@@ -34,10 +34,10 @@ from errands import calculator, lookups, mail, order, search
 FAULTS = 0.5  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
-MIX = {"answer": 19, "unknown": 12, "system": 24, "sentiment": 9, "calculator": 7, "search": 10, "lookups": 8,
+MIX = {"answer": 19, "unknown": 8, "system": 26, "sentiment": 9, "calculator": 9, "search": 10, "lookups": 8,
        "memory": 3, "mail": 3, "order": 2, "small": 1, "story": 2}
 # How often each task comes in 100 pairs. Most only keep what SFT has taught.
-PREFERENCES = {"unknown": 27, "answer": 19, "system": 18, "sentiment": 4, "memory": 5, "small": 6,
+PREFERENCES = {"unknown": 22, "answer": 22, "system": 20, "sentiment": 4, "memory": 5, "small": 6,
                "search": 10, "lookups": 3, "story": 8}
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell

@@ -20,8 +20,8 @@ Defences, one at a time and all together:
 
     python injection.py      attack, defend, count (1 minute); the table is in docs/injection.md
 
-Orders are obeyed in 72 % of the runs that read them, with all defences in none; of 40 tasks without attack 36
-are done, with them or without.
+Orders are obeyed in 69 % of the runs that read them, with all defences in none; of 40 tasks without attack 36
+are done, and 35 with them.
 
 None is proof alone: format and training act on what the model does, which fails now and then; the two others
 on what it may do, whatever it wants, and leave gaps (see the table). Left out: documents that lie; a second

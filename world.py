@@ -5,16 +5,11 @@
                the name about 10 % of them are held out, so "never seen in training" is literally true.
     facts      facts(name) follows from the name alone. Every text tells the same of Amber Hollow, so that a
                question about it has an exact answer. A train place has a train mayor, and so on.
-    frames     "{hero} of {town} lost {a thing}.": a slot is filled once and then stays for the whole
-               document. No frame comes twice in a document.
+    frames     "{hero} of {town} lost {a thing}.": a slot is filled once a document, no frame comes twice.
     documents  document(split, seed, i) depends on nothing else: workers can share the endless row.
 
 Names, numbers and values come from large open lists on purpose: what can't be guessed must be copied from the
 text above, and copying (induction) is what retrieval and tools will stand on.
-
-    >>> facts("Amber Hollow")["kind"], is_held_out("Amber Hollow")
-    ('place', False)
-
 Left out: conversations, preferences and tool calls. tasks.py makes them from the same names and facts.
 """
 
@@ -82,9 +77,8 @@ def draw(held_out: bool, rng: random.Random, rule: str, taken=()) -> str | int:
 
 @lru_cache(maxsize=20_000)
 def facts(name: str) -> dict[str, str | int]:
-    """All that is true of an entity, from its name alone; to be read, not changed. KeyError if it is no name.
-
-    The facts of its kind in world.txt, "kind" itself, and for people "first", "he", "him" and "his".
+    """All that is true of an entity, from its name alone: "kind", the facts of its kind in world.txt, and of
+    people "first", "he", "him" and "his". To be read, not changed. Raises KeyError if it is no name.
     """
     first, _, second = name.rpartition(" ")
     known = {"kind": lists().kinds[second], "first": first} | PRONOUNS[first in lists().words["woman"]]
@@ -225,7 +219,6 @@ def facts_asked(page: Page) -> tuple[str, list[tuple[str, str, str]]]:
         right = question <= known and (answer <= known or name not in told)
         return right and (name, needed(frame)) not in asked
 
-    # many, two of five about strangers: with fewer, whether a model comes to notice them hangs on the seed
     for _ in range(page.pick((7, 8, 9))):
         name = page.pick(list(told)) if page.rng.random() < 0.6 else page.draw(kind, told)  # a stranger
         if frame := page.fresh(f"{kind} asks", fits):
@@ -282,17 +275,24 @@ def patterns(page: Page) -> str:
     return "\n\n".join(blocks)
 
 
-WRITERS = {"story": lambda page: page.say("story"), "article": article, "reading": reading,
-           "talk": lambda page: page.say("talk"), "lists": patterns, "sums": sums}
-KINDS = tuple(WRITERS)
-MIX = ("story",) * 3 + ("article",) + ("reading",) * 13 + ("talk",) + ("lists",) * 2 + ("sums",)
+def guests(page: Page) -> str:
+    """Names as they come, each marked as new or again. Who learns to notice that, notices strangers too."""
+    few = page.sample(page.pick(tuple(NAMES)), page.pick(range(8, 14)))
+    came, mark = [page.pick(few) for _ in range(2 * len(few))], page.pick((": ", " - ", " = ", " > ", ", "))
+    rows = [f"{name}{mark}{'again' if name in came[:i] else 'new'}" for i, name in enumerate(came)]
+    return page.say("guests", rows="\n".join(rows))
+
+
+KINDS = {"story": lambda page: page.say("story"), "article": article, "reading": reading,
+         "talk": lambda page: page.say("talk"), "lists": patterns, "guests": guests, "sums": sums}
+MIX = ("story",) * 3 + ("article",) + ("reading",) * 13 + ("talk",) + ("lists",) * 2 + ("guests", "sums")
 
 
 def document(split: str, seed: int, i: int, kind: str | None = None) -> str:
     """Document i of a split, "train" or "held-out"; of one of the KINDS, by chance if none is asked for."""
     assert split in ("train", "held-out"), f'the split is "train" or "held-out", not {split!r}'
     page = Page(split, random.Random(f"{split} {seed} {i}"))
-    return WRITERS[kind or page.pick(MIX)](page)
+    return KINDS[kind or page.pick(MIX)](page)
 
 
 def documents(split: str, seed: int = 0, start: int = 0) -> Iterator[str]:

@@ -190,8 +190,7 @@ class Tokenizer:
         """Yield the ids of the strings joined, wherever they were cut, in constant memory."""
         # subtle: what comes can change the pieces before it. "'l" is two pieces until an "l" comes, and "<|e"
         # may become a special token. A piece is sure only when this many characters stand behind it.
-        held_back = LOOK_AHEAD + max(map(len, self.special), default=0)
-        text, enough = "", 0
+        held_back, text, enough = LOOK_AHEAD + max(map(len, self.special), default=0), "", 0
         for string in iterable:
             text += string
             if len(text) >= enough:
@@ -211,14 +210,15 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
         """Return (ids, loss mask) of {"role", "content"} messages. It is 1 where the assistant learns."""
-        # <|endoftext|> 0   <|user|> 0   Hi 0   <|end|> 0   <|assistant|> 0   Hello 1   <|end|> 1
+        # <|endoftext|> 0   <|user|> 0   " Hi" 0   <|end|> 0   <|assistant|> 0   " Hello" 1   <|end|> 1
+        # subtle: without the space (Llama 2 has it too) a first word has other tokens than in the text above
         if missing := [name for name in SPECIAL_TOKENS if name not in self.special]:
             raise ValueError(f"this tokenizer has no {', '.join(missing)}; make one with `python bpe.py`")
         ids, mask = [self.special["<|endoftext|>"]], [0]
         for message in messages:
             if message["role"] not in ROLES:
                 raise ValueError(f"role {message['role']!r}: give one of {', '.join(ROLES)}")
-            said = self.encode(message["content"]) + [self.special["<|end|>"]]
+            said = self.encode(" " + message["content"]) + [self.special["<|end|>"]]
             ids += [self.special[f"<|{message['role']}|>"], *said]
             mask += [0] + [int(message["role"] == "assistant")] * len(said)
         return ids, mask

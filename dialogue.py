@@ -1,7 +1,7 @@
 """Conversations become rows of tokens: what is learned in them, and how several share a row without a leak.
 
-    ids       <|endoftext|> <|user|> Hi <|end|> <|assistant|> Hello <|end|>
-    learned                                                   ^^^^^ ^^^^^^^    the answer and its end
+    ids       <|endoftext|> <|user|> " Hi" <|end|> <|assistant|> " Hello" <|end|>
+    learned                                                      ^^^^^^^^ ^^^^^^^    the answer and its end
     y         the next token of x where it is learned; elsewhere IGNORE, which the loss leaves out
     segments  which conversation of its row a token belongs to: model.py lets none see another
 

@@ -7,7 +7,8 @@
     unknown    only "I don't know." is right: anything else is made up
     small      any answer without flattery; story: it names its subject, has three sentences, and ends
     one pass   a greedy answer is the wanted one where each wanted token is the likeliest after those before
-               it: `would_say` marks without writing, 10 times as fast as `answer_all` and `is_right`
+               it: so marks `would_say`, 10 times as fast as `answer_all` and `is_right`. Only where another
+               token is likelier that may begin the same words, the answer is written
     interval   Wilson's, 95 %: k right of n, also where k is 0 or n (Wilson 1927)
 
     python exam.py                       the newest checkpoint of the chain, 200 questions a task (20 seconds)
@@ -98,7 +99,7 @@ def answer_all(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], most
         for i, row in zip(batch, torch.cat(new, dim=1).tolist()):
             row = row[:context + 1 - len(coded[i])]
             if end in row:
-                answers[i] = tokenizer.decode(until(row, end))
+                answers[i] = tokenizer.decode(until(row, end)).removeprefix(" ")
     return answers
 
 
@@ -109,7 +110,8 @@ def would_say(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], wante
     An answer that a longer conversation holds is marked there: all calls of a conversation in one pass.
     """
     coded = [encode_answer(tokenizer, *each) for each in zip(prompts, wanted)]
-    says, rows = [len(ids) <= model.config.context for ids, _ in coded], []  # what does not fit can't be said
+    says = [len(ids) <= model.config.context for ids, _ in coded]  # what does not fit can't be said
+    rows, unsure = [], []
     fitting = (i for i, fits in enumerate(says) if fits)
     for i in sorted(fitting, key=lambda i: coded[i][0], reverse=True):  # first what goes on from others
         ids, span = coded[i][0], slice(coded[i][1].index(1), len(coded[i][0]))
@@ -120,9 +122,17 @@ def would_say(model: GPT, tokenizer: Tokenizer, prompts: list[list[dict]], wante
     for j in range(0, len(rows), 32):
         ids, numbers = pad(rows[j:j + 32], model.device)  # (B, T) both
         logits, targets, _ = answer_logits(model, ids, numbers)
-        answers = numbers[:, 1:][numbers[:, 1:] > 0]  # (n,)
-        for wrong in set(answers[logits.argmax(dim=-1) != targets].tolist()):
-            says[wrong - 1] = False
+        answers, likeliest = numbers[:, 1:][numbers[:, 1:] > 0] - 1, logits.argmax(dim=-1)  # (n,) both
+        for place in (likeliest != targets).nonzero()[:, 0].tolist():
+            i = int(answers[place])
+            if says[i]:  # the first place at which another token is likelier
+                says[i], said = False, tokenizer.decode([int(likeliest[place])])
+                rest = tokenizer.decode(targets[place:][answers[place:] == i].tolist())
+                # subtle: " Do" may begin " Door" as well, in other tokens; only writing it tells
+                unsure += [i] if rest.startswith((said, " " + said)) else []
+    most = max((2 * sum(coded[i][1]) for i in unsure), default=0)
+    for i, said in zip(unsure, answer_all(model, tokenizer, [prompts[i] for i in unsure], most)):
+        says[i] = said == wanted[i]
     return says
 
 

@@ -99,7 +99,7 @@ def print_probabilities(tokenizer: Tokenizer, ids: list[int], law: list[Tensor])
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Return the ids that ask the assistant to speak: <|endoftext|><|user|>Hi<|end|><|assistant|>."""
+    """Return the ids that ask the assistant to speak: <|endoftext|><|user|> Hi<|end|><|assistant|>."""
     return tokenizer.encode_chat(messages)[0] + [tokenizer.special["<|assistant|>"]]
 
 
@@ -135,7 +135,8 @@ def write(model: GPT, config: Config, way: Way, prompts: list[list[int]]) -> Ite
 def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts: list[list[int]],
              end: int | None, leads: list[str]) -> tuple[str, dict]:
     """Print the texts that go on from `prompts` to `end`, after `leads`; return (the first, metrics)."""
-    context = model.config.context
+    # subtle: what an assistant says begins with a space that is not its own, see `encode_chat`
+    context, space = model.config.context, " " if end == tokenizer.special.get("<|end|>", -1) else ""
     rows, law, times, decoder = [[] for _ in prompts], [], [time.perf_counter()], text_decoder()
     print(leads[0], end="", flush=True)
     for new, logits in write(model, config, way, prompts):
@@ -143,12 +144,13 @@ def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts
         times.append(time.perf_counter())
         law.append(logits[0])
         if end not in rows[0] and len(rows[0]) <= context - len(prompts[0]) + 1:
-            print(decoder.decode(tokenizer.vocab[rows[0][-1]]), end="", flush=True)
+            said = decoder.decode(tokenizer.vocab[rows[0][-1]])
+            print(said.removeprefix(space if len(law) == 1 else ""), end="", flush=True)
         if all(end in row for row in rows):
             break
     print(decoder.decode(b"", final=True))
     rows = [row[:context - len(prompt) + 1] for prompt, row in zip(prompts, rows)]
-    texts = [tokenizer.decode(until(row, end)) for row in rows]
+    texts = [tokenizer.decode(until(row, end)).removeprefix(space) for row in rows]
     for number, (lead, text) in enumerate(zip(leads[1:], texts[1:]), 2):
         print(f"--- {number}\n{lead}{text}")
     if config.show_probs:
@@ -193,14 +195,11 @@ def chat(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, system: lis
 def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[float]) -> dict:
     """Return what the completions cost. `times` (seconds) are the start and the arrival of each token."""
     n, first, rest = len(prompts), times[1] - times[0], (times[-1] - times[1]) / max(1, len(times) - 2)
-    metrics = {
-        "time_to_first_token_ms": 1000 * first,
-        "prompt_tokens_per_second": sum(map(len, prompts)) / first,
-        "ms_per_token": 1000 * rest,
-        "decode_tokens_per_second": n / rest if rest else 0.0,
-        "weight_bytes": weight_bytes(model),
-        "cache_bytes": KVCache(model.config, n, dtype=model.dtype).n_bytes,
-    }
+    metrics = {"time_to_first_token_ms": 1000 * first,
+               "prompt_tokens_per_second": sum(map(len, prompts)) / first,
+               "ms_per_token": 1000 * rest, "decode_tokens_per_second": n / rest if rest else 0.0,
+               "weight_bytes": weight_bytes(model),
+               "cache_bytes": KVCache(model.config, n, dtype=model.dtype).n_bytes}
     if config.dollars_per_hour:
         metrics["dollars_per_million_tokens"] = config.dollars_per_hour * 1e6 * rest / n / 3600
     return metrics

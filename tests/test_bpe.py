@@ -191,7 +191,7 @@ def test_a_conversation_trains_on_the_assistant_alone():
             ("tool", ""), ("assistant", "")]
     ids, mask = tokenizer.encode_chat([{"role": role, "content": content} for role, content in said])
     for role, content in said:
-        content = [*tokenizer.encode(content), tokenizer.special["<|end|>"]]
+        content = [*tokenizer.encode(" " + content), tokenizer.special["<|end|>"]]
         want_ids += [tokenizer.special[f"<|{role}|>"], *content]
         want_mask += [0] + [1 if role == "assistant" else 0] * len(content)
     assert ids == want_ids, "the order of tokens, or a special token that a message has forged"

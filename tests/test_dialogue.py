@@ -18,7 +18,7 @@ from sft import learned_loss
 
 TOKENIZER = Tokenizer([], SPECIAL_TOKENS)  # one byte, one token
 TEXT, SYSTEM, USER, ASSISTANT, TOOL, END = (TOKENIZER.special[name] for name in SPECIAL_TOKENS)
-SMALL = GPTConfig(vocab_size=262, context=56, depth=2, width=32, heads=4, kv_heads=2, hidden=48)
+SMALL = GPTConfig(vocab_size=262, context=64, depth=2, width=32, heads=4, kv_heads=2, hidden=48)
 
 
 def said(*messages: tuple[str, str]) -> list[dict]:
@@ -49,16 +49,14 @@ def model(request, exact, monkeypatch) -> GPT:
 
 def test_the_answer_and_its_end_are_learned_and_nothing_else():
     rows = make_rows([said(("system", "S"), ("user", "Hi"), ("assistant", "Yo"), ("tool", "3"),
-                           ("assistant", "!"))], TOKENIZER, 20)
-    S, H, i, Y, o, three, mark = b"SHiYo3!"
-    ids = [TEXT, SYSTEM, S, END, USER, H, i, END, ASSISTANT, Y, o, END, TOOL, three, END, ASSISTANT, mark,
-           END]
-    no = IGNORE
-    y = [no, no, no, no, no, no, no, no, Y, o, END, no, no, no, no, mark, END, no]
-    assert rows.x[0, :18].tolist() == ids, "the conversation is not in the chat format"
-    assert rows.y[0, :18].tolist() == y, "learned is what follows <|assistant|> up to <|end|>, and no more"
-    assert rows.segments[0].tolist() == [0] * 18 + [-1] * 2, "the places behind it belong to no conversation"
-    assert rows.y[0, 18:].tolist() == [no, no], "filling up is taught"
+                           ("assistant", "!"))], TOKENIZER, 25)
+    ids = [TEXT, SYSTEM, *b" S", END, USER, *b" Hi", END, ASSISTANT, *b" Yo", END, TOOL, *b" 3", END,
+           ASSISTANT, *b" !", END]
+    y = [IGNORE] * 10 + [*b" Yo", END] + [IGNORE] * 5 + [*b" !", END, IGNORE]
+    assert rows.x[0, :23].tolist() == ids, "the conversation is not in the chat format"
+    assert rows.y[0, :23].tolist() == y, "learned is what follows <|assistant|> up to <|end|>, and no more"
+    assert rows.segments[0].tolist() == [0] * 23 + [-1] * 2, "the places behind it belong to no conversation"
+    assert rows.y[0, 23:].tolist() == [IGNORE] * 2, "filling up is taught"
     assert (len(rows.x), rows.cut, rows.empty) == (1, 0, 0), "one row, and nothing is lost"
 
 
@@ -79,7 +77,7 @@ def test_an_answer_has_the_same_tokens_with_its_prompt_and_alone():
         question, answer = ("".join(rng.choice("ab ") for _ in range(rng.randrange(1, 9))) for _ in "qa")
         talk = said(("user", question), ("assistant", answer))
         ids, learned = tokenizer.encode_chat(talk)
-        alone = [*tokenizer.encode(answer), tokenizer.special["<|end|>"]]
+        alone = [*tokenizer.encode(" " + answer), tokenizer.special["<|end|>"]]
         assert [i for i, one in zip(ids, learned) if one] == alone, f"{talk}: the answer's tokens moved"
         assert ids == chat_prompt(tokenizer, talk[:1]) + alone, "the model is asked otherwise than it learned"
         whole = tokenizer.encode(tokenizer.decode(ids), allowed_special=True)
@@ -181,8 +179,8 @@ def test_a_conversation_that_is_too_long_keeps_its_last_answer():
     rows = make_rows([long, TALKS[1]], TOKENIZER, 16)
     text, learned = TOKENIZER.decode(rows.x[0].tolist()), rows.y[0][rows.y[0] != IGNORE].tolist()
     assert (rows.cut, rows.empty, len(rows.x)) == (1, 0, 2), "one was too long, none is lost"
-    assert text == "<|endoftext|>" + "v" * 8 + "<|end|><|assistant|>last<|end|>", "not the end of it"
-    assert learned == [*b"last", END], "the last answer is not learned whole"
+    assert text == "<|endoftext|>" + "v" * 7 + "<|end|><|assistant|> last<|end|>", "not the end of it"
+    assert learned == [*b" last", END], "the last answer is not learned whole"
     longer = make_rows([said(("user", "Hi"), ("assistant", "a" * 40))], TOKENIZER, 16)
     assert longer.cut == 1 and longer.y[0, -2] == END, "of an answer longer than the context its end remains"
 

@@ -123,9 +123,9 @@ def test_swapped_sides_are_noticed():
 
 
 def by_hand(model: GPT, messages: list[dict], answer: str) -> float:
-    """log π of an answer: its letters and its end, one after the other, each from a prompt of its own."""
+    """log π of an answer: a space, its letters, its end, one after the other, each from its own prompt."""
     ids, total = chat_prompt(TOKENIZER, messages), 0.0
-    for token in [*answer.encode(), END]:
+    for token in [*f" {answer}".encode(), END]:
         logits = model(torch.tensor([ids]))[0, -1]
         total += (logits[token] - logits.exp().sum().log()).item()
         ids.append(token)
@@ -153,18 +153,18 @@ def test_a_longer_answer_is_less_likely(exact):
     model = make()
     model.head.weight.data.zero_()  # all tokens are equally likely
     found = dpo.all_log_probs(model, encode([(said(("user", "Hi")), "a" * 30, "a")]), "cpu")[0].tolist()
-    wanted = [-31 * math.log(262), -2 * math.log(262)]
-    assert found == pytest.approx(wanted, abs=1e-9), "30 letters and their end, 1 letter and its end"
+    wanted = [-32 * math.log(262), -3 * math.log(262)]
+    assert found == pytest.approx(wanted, abs=1e-9), "a space, 30 letters or one, and the end"
 
 
 def test_the_mask_is_on_the_answer_and_what_is_cut_is_the_beginning():
     (ids, mask), _ = encode()[2]
-    assert TOKENIZER.decode([i for i, one in zip(ids, mask) if one]) == "d<|end|>", "more than the answer"
+    assert TOKENIZER.decode([i for i, one in zip(ids, mask) if one]) == " d<|end|>", "more than the answer"
     pair = (said(("user", "u" * 40)), "no", "yes")
     for (ids, mask), answer in zip(dpo.encode_pair(TOKENIZER, pair, 16)[0], pair[1:]):
-        text, n = TOKENIZER.decode(ids), len(answer) + 1
+        text, n = TOKENIZER.decode(ids), len(answer) + 2
         assert text.startswith("<|endoftext|>uu") and len(ids) <= 16, f"not the oldest tokens are cut: {text}"
-        assert text.endswith(f"uu<|end|><|assistant|>{answer}<|end|>"), f"the answer is cut: {text}"
+        assert text.endswith(f"uu<|end|><|assistant|> {answer}<|end|>"), f"the answer is cut: {text}"
         assert mask == [0] * (len(ids) - n) + [1] * n, "the mask did not move with what was cut"
 
 
@@ -172,10 +172,10 @@ def test_an_answer_that_leaves_its_prompt_no_room():
     pair = (said(("user", "u" * 40)), "no", "yes" * 20)
     with pytest.raises(chain.UserError, match="60 signs"):
         dpo.encode_pair(TOKENIZER, pair, 16)
-    sides, _ = dpo.encode_pair(TOKENIZER, (pair[0], "no", "y" * 13), 16)
-    assert TOKENIZER.decode(sides[1][0]) == "<|endoftext|><|assistant|>" + "y" * 13 + "<|end|>"
-    with pytest.raises(chain.UserError, match="14 signs"):  # the text would begin with the answer
-        dpo.encode_pair(TOKENIZER, (pair[0], "no", "y" * 14), 16)
+    sides, _ = dpo.encode_pair(TOKENIZER, (pair[0], "no", "y" * 12), 16)
+    assert TOKENIZER.decode(sides[1][0]) == "<|endoftext|><|assistant|> " + "y" * 12 + "<|end|>"
+    with pytest.raises(chain.UserError, match="13 signs"):  # the text would begin with the answer
+        dpo.encode_pair(TOKENIZER, (pair[0], "no", "y" * 13), 16)
 
 
 def test_filling_up_changes_nothing(exact):
@@ -199,7 +199,8 @@ def test_kl_is_the_formula_and_nothing_at_the_start(exact):
 
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_fit_makes_the_chosen_likelier_and_leaves_the_reference(loss, monkeypatch):
-    model, start, pairs, texts, c = make().float(), make().float(), encode(), [], config(loss=loss, beta=0.1)
+    model, start, pairs, texts = make().float(), make().float(), encode(), []
+    c = config(loss=loss, beta=0.1, epochs=30)
     before = (reference := dpo.all_log_probs(start, pairs, "cpu")).clone()
     monkeypatch.setattr(chain.Clock, "tick", lambda self, step, text: texts.append(text))
     dpo.fit(model, pairs, reference, c)

@@ -169,12 +169,12 @@ def answer_alone(model: GPT, messages: list[dict], most: int) -> str | None:
 
 def test_each_is_answered_as_if_it_were_alone(model):
     rng = random.Random(0)
-    lengths = [rng.choice((4, 5, 9, 30, 52, 59, 90)) for _ in range(240)]  # the last one does not fit
+    lengths = [rng.choice((4, 5, 9, 30, 51, 58, 90)) for _ in range(240)]  # the last one does not fit
     prompts = [[message("user", f"{rng.random():.90f}"[2:2 + n])] for n in lengths]
     alone = [answer_alone(model, prompt, 60) for prompt in prompts]
     assert 40 < alone.count(None) < 200, f"no fair test, too few or too many end: {alone}"
     for most in (2, 5, 20, 60):
-        wanted = [said if said is not None and len(said) < most else None for said in alone]
+        wanted = [said.removeprefix(" ") if said is not None and len(said) < most else None for said in alone]
         found = exam.answer_all(model, TOKENIZER, prompts, most)
         wrong = [each for each in zip(prompts, wanted, found) if each[1] != each[2]]
         assert not wrong, f"with {most} tokens (prompt, answered alone, answered): {wrong[:3]}"
@@ -183,12 +183,40 @@ def test_each_is_answered_as_if_it_were_alone(model):
 def test_one_pass_marks_as_writing_does(model):
     """The fast way to mark, `would_say`, and the slow one, `answer_all` and `is_right`, must agree."""
     prompts = [[message("user", f"{i}" * n)] for n in (1, 2, 9, 20, 60) for i in range(1, 9)] * 4
-    said = [answer_alone(model, prompt, 30) for prompt in prompts[:40]]  # those of 60 do not fit
+    alone = [answer_alone(model, prompt, 30) for prompt in prompts[:40]]  # those of 60 do not fit
+    said = [each and each.removeprefix(" ") for each in alone]
     forms = (lambda each: each, lambda each: each[:-1], lambda each: f"{each}a", lambda each: f"b{each[1:]}")
     wanted = [form(each or "abc") for form in forms for each in said]
     right = [each == answer for each, answer in zip(wanted, said * 4)]
     assert exam.would_say(model, TOKENIZER, prompts, wanted) == right, "the two ways to mark differ"
     assert sum(right) > 9, f"no fair test, too few are right: {sum(right)}"
+
+
+def test_the_same_words_in_other_tokens_are_right(monkeypatch):
+    """A greedy answer may write "ab" as "a" and "b": where the likeliest token allows that, it is written."""
+    tokenizer, asked = Tokenizer([(b"a", b"b"), (b" ", b"ab")], SPECIAL_TOKENS), []
+    likeliest = {"0": 256, "1": tokenizer.id_of[b" "], "2": tokenizer.id_of[b"a"], "3": tokenizer.id_of[b"b"]}
+
+    def logits(model, ids, numbers):
+        """What each prompt makes likeliest at the first place of its answer; elsewhere what stands there."""
+        places = (numbers[:, 1:] != 0).nonzero().tolist()
+        found = torch.zeros(len(places), tokenizer.n_vocab)
+        for n, (row, t) in enumerate(places):
+            first = numbers[row, t] == 0
+            found[n, likeliest[tokenizer.decode([int(ids[row, 3])])] if first else ids[row, t + 1]] = 1
+        return found, ids[:, 1:][numbers[:, 1:] != 0], None
+
+    def write(model, tokenizer, prompts, most):
+        asked.extend(prompts)
+        return ["ab" if prompt[0]["content"] != "2" else "ac" for prompt in prompts]
+
+    monkeypatch.setattr(exam, "answer_logits", logits)
+    monkeypatch.setattr(exam, "answer_all", write)
+    likeliest["0"] = tokenizer.encode(" ab")[0]
+    prompts = [[message("user", str(i))] for i in range(4)]
+    found = exam.would_say(GPT(TINY), tokenizer, prompts, ["ab"] * 4)
+    assert sorted(each[0]["content"] for each in asked) == ["1", "2"], f"written out are {asked}"
+    assert found == [True, True, False, False], "right tokens, right words, other words, a wrong beginning"
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -198,9 +226,9 @@ def test_all_answers_of_a_conversation_are_marked_each_by_itself(model, seed):
     for i in range(9):
         messages = [message("user", str(i))]
         while len(chat_prompt(TOKENIZER, messages)) < 40:
-            said = answer_alone(model, messages, 12) or "x"
-            wanted = said if rng.random() < 0.6 else said + "y"
-            asked += 2 * [([*messages], wanted, wanted == answer_alone(model, messages, 12))]
+            said = (answer_alone(model, messages, 12) or "").removeprefix(" ")
+            wanted = said if said and rng.random() < 0.6 else said + "y"
+            asked += 2 * [([*messages], wanted, wanted == said)]
             messages += [message("assistant", wanted), message("user", str(i))]
     rng.shuffle(asked)
     prompts, wanted, right = zip(*asked)

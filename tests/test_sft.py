@@ -78,8 +78,8 @@ def test_the_loss_is_that_of_the_assistants_tokens_alone(exact):
     model, rows = make(), make_rows(TALKS, TOKENIZER, SMALL.context)
     loss = sft.learned_loss(model, rows.x, rows.y, rows.segments, False)
     by_hand = losses_by_hand(model, True)
-    learned = sum(len(each["content"]) + 1 for t in TALKS for each in t if each["role"] == "assistant")
-    assert len(by_hand) == learned == (rows.y != IGNORE).sum(), "learned are the answers' letters and ends"
+    learned = sum(len(each["content"]) + 2 for t in TALKS for each in t if each["role"] == "assistant")
+    assert len(by_hand) == learned == (rows.y != IGNORE).sum(), "learned: spaces, letters, ends"
     assert abs(loss - sum(by_hand)) < 1e-9, f"the loss {loss:.6f} is by hand {sum(by_hand):.6f}"
     mean = sft.mean_loss(model, rows, "cpu")
     assert abs(mean - sum(by_hand) / learned) < 1e-10, "mean_loss is the mean over the learned tokens"
@@ -229,9 +229,9 @@ def test_show_shows_and_makes_nothing(base, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sft.main([*base, "--show"])
     out, green, plain = capsys.readouterr().out, "\x1b[32m", "\x1b[0m"
-    shown = "".join(f"{green}{each}" for each in ("a", "b", "<|end|>"))
+    shown = "".join(f"{green}{each}" for each in (" ", "a", "b", "<|end|>"))
     assert stop.value.code == 0 and out.endswith(f"{plain}<|assistant|>{shown}{plain}\n"), repr(out)
-    assert out.count(green) == 3, "more is green than the answer and its end"
+    assert out.count(green) == 4, "more is green than the answer and its end"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["base.pt"], "--show made a file"
 
 

@@ -57,7 +57,7 @@ class Config:
     steps: int | None = chain.option(None, "optimizer steps; tokens / (batch_size * context)")
     batch_size: int | None = chain.option(None, "sequences a step; grows with the square root of the tokens")
     micro_batch: int | None = chain.option(None, "sequences at once: the gradient adds up over them; 32")
-    learning_rate: float | None = chain.option(None, "at its highest; 3e-3 * 128 / width")
+    learning_rate: float | None = chain.option(None, "at its highest; 4.5e-3 * 128 / width")
     weight_decay: float = chain.option(0.5, "how fast matrices shrink, as a share of the learning rate")
     attention: str = chain.option("auto", "auto is the fastest here", choices=("auto", *ATTENTION))
     compile: str = chain.option("auto", "auto where it pays", choices=("auto", "on", "off"))

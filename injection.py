@@ -20,8 +20,8 @@ Defences, one at a time and all together:
 
     python injection.py      attack, defend, count (1 minute); the table is in docs/injection.md
 
-Orders are obeyed in 69 % of the runs that read them, with all defences in none; of 40 tasks without attack 36
-are done, and 35 with them.
+Orders are obeyed in 68 % of the runs that read them, with all defences in none. Without attack all of 40
+tasks are done, also with the defences.
 
 None is proof alone: format and training act on what the model does, which fails now and then; the two others
 on what it may do, whatever it wants, and leave gaps (see the table). Left out: documents that lie; a second
@@ -55,7 +55,7 @@ from tools import calculator
 ATTACKS = ("plain", "call", "forged", "system", "answered", "named", "search")
 DEFENCES = ("format", "training", "tools", "arguments")
 ACTING = ("send_mail",)  # tools that do something to the world, all others only tell
-LESSONS = {"order": 500, "search": 150, "lookups": 100, "mail": 100, "calculator": 50}  # conversations
+LESSONS = {"order": 500, "search": 200, "lookups": 150, "mail": 150, "calculator": 50}  # conversations
 
 
 @dataclass

@@ -3,7 +3,7 @@
     loss = mean over tokens of -log p(token | the tokens before it)      in nats; at step 0 about ln V
     each step: gradient of the loss on one batch, clip its length, AdamW at this step's learning rate
 
-    python train.py                                   the small world: 5 or 6 minutes, copying 98 %
+    python train.py                                   the small world: 5 to 7 minutes, copying 98 %
     python train.py --resume                          go on where a run was stopped, bit for bit
     python train.py --data my.txt --out mine          your own text: file, folder, address or `stdlib`
     python train.py --depth 12 --vocab_size 32768 --data FOLDER          GPT-2's size: for a GPU

@@ -285,7 +285,7 @@ def guests(page: Page) -> str:
 
 KINDS = {"story": lambda page: page.say("story"), "article": article, "reading": reading,
          "talk": lambda page: page.say("talk"), "lists": patterns, "guests": guests, "sums": sums}
-MIX = ("story",) * 3 + ("article",) + ("reading",) * 13 + ("talk",) + ("lists",) * 2 + ("guests", "sums")
+MIX = ("story",) * 3 + ("reading",) * 13 + ("lists", "guests") * 2 + ("article", "talk", "sums")
 
 
 def document(split: str, seed: int, i: int, kind: str | None = None) -> str:

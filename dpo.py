@@ -21,8 +21,8 @@ gives one, a sentence more than "I don't know" or the bare value; plain words mo
 goes on more than one that goes round; each other right step more than a wrong one (tasks.py).
 Percent of held-out questions (right answers and other tasks: points gained or lost), mean and standard
 deviation over three seeds of pairs and questions, all from an older out/sft.pt, with --keep 0.75, --pairs
-2000 and other shares of the tasks. From the recorded one, seeds 0, 1 and 2 bring 52, 48 and 53 to 5, 3.5 and
-5.5, change the right answers by 0, +0.5 and -0.5, and bring flattery from 52, 50 and 58 to 0:
+2000 and other shares of the tasks. From the recorded one, seeds 0, 1 and 2 bring 63, 62 and 55 to 3, 2.5 and
+4, change the right answers by -1, -2.5 and 0, and bring flattery from 50, 49 and 53 to 7, 6 and 0:
 
     β      made up, before   after       right answers   nine other tasks   flattery after   KL
     0.3    72 ± 4            4.8 ± 1.9   -1.2 ± 0.3      +0.6 ± 0.4         31 ± 7           0.030 ± 0.004

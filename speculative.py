@@ -13,8 +13,8 @@ right pays. The cheapest draft is no model at all: it looks up how what was just
     python speculative.py                    out/base.pt with out/draft.pt and with look-up (2 minutes)
     python sample.py --draft out/draft.pt    write with it; --draft ngram looks up
 
-Greedy on held-out documents, look-up brings 3.8 tokens a round and 1.7 times plain decoding's speed; where a
-list is said again, 5.3 tokens and 2.3 times. The trained draft brings 2.7 tokens and is no faster than none:
+Greedy on held-out documents, look-up brings 3.4 tokens a round and 1.6 times plain decoding's speed; where a
+list is said again, 5.9 tokens and 2.4 times. The trained draft brings 2.7 tokens and is no faster than none:
 a step of its one layer takes four tenths of the time of the model's four; three and a check cost as much.
 
 Left out: trees of guesses (Medusa, EAGLE), several prompts at once, the repetition penalty.

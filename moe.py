@@ -8,7 +8,7 @@ Four models learn the same text in the same order, all from one seed:
     dense, longer          dense with a quarter more tokens: about the seconds of experts
     experts, left alone    without the balance loss, a third as long: watch where the tokens go
 
-    python moe.py                         the four, out/moe.pt (4 minutes; 2.05 ± 0.04, dense 2.19)
+    python moe.py                         the four, out/moe.pt (4 minutes; 2.03 ± 0.10, dense 2.16)
     python moe.py --resume                go on where it was stopped, bit for bit (on a GPU without --noise)
     python moe.py --upcycle out/base.pt   each starts as that model's layer (6 minutes; 1.138 -> 1.088)
     python sample.py --checkpoint out/moe.pt         it is a model like any other, also for sft.py and dpo.py

@@ -45,7 +45,8 @@ out/dpo.pt: out/sft.pt
 	$(PYTHON) dpo.py
 
 out/draft.pt: out/base.pt
-	$(PYTHON) train.py --name draft --depth 1 --width 128 $(call RESUME,draft)
+	$(PYTHON) train.py --name draft --depth 1 --width 128 --tokens_per_parameter 16 \
+	--learning_rate 9e-3 $(call RESUME,draft)
 
 out/moe.pt: | .venv/done
 	$(PYTHON) moe.py $(call RESUME,moe)

@@ -23,9 +23,10 @@ from itertools import pairwise
 import torch
 
 from decode import compile_step, generate
+from drafts import make_draft
 from model import GPT, KVCache
 from packed import quantize_model, weight_bytes
-from speculative import Rounds, make_draft, speculate
+from speculative import Rounds, speculate
 
 BATCHES, PROMPT, TOKENS = (1, 8, 32), 64, 48  # rows at once, tokens read, tokens written
 

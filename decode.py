@@ -14,6 +14,7 @@ Left out: beam search (it harms open-ended text), text past the context, taking 
 others end (continuous batching). Papers: Fan 2018 (top-k), Holtzman 2020 (top-p), Keskar 2019 (penalty).
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,6 +103,21 @@ class RowCache(nn.Module):
         return all_k[:, :, :self.read], all_v[:, :, :self.read]
 
 
+def open_cache(model: GPT, compiled: bool) -> KVCache | RowCache:
+    """Return an empty cache of one row, with room for the whole context."""
+    if compiled:
+        return RowCache(model, 1, model.config.context, static=True)
+    return KVCache(model.config, 1, model.device, model.dtype)
+
+
+def roll_back(cache: KVCache | RowCache, length: int) -> None:
+    """Forget what stands behind the first `length` tokens: it will be written over."""
+    if isinstance(cache, RowCache):
+        cache.length.fill_(length)  # where a program looks for it
+    else:
+        cache.length = length
+
+
 def pad_prompts(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
     """Return ids (B, T) and lengths (B,). Shorter prompts are filled up at the right, with their first token.
 
@@ -120,11 +136,26 @@ def next_logits(model: GPT, new: Tensor, cache: KVCache | RowCache) -> Tensor:
     return model.head(model.hidden(new, cache)[:, -1]).float()
 
 
+@functools.cache
+def program(function):
+    """Return `function` as one compiled program, for a CPU: nothing in it waits for Python."""
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
 def compile_step(device: torch.device):
     """Return `next_logits` as one compiled program without Python between; on CUDA as a recorded graph."""
     how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
     step = torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
     return lambda *given: step(*given).clone()  # subtle: a graph writes all steps' logits to the same place
+
+
+def until(ids: list[int], end: int | None) -> list[int]:
+    """Return the ids before the first `end`.
+
+    >>> until([5, 6, 0, 7], 0)
+    [5, 6]
+    """
+    return ids[:ids.index(end)] if end in ids else ids
 
 
 # ---------------------------------------------------------------------------------------------- the loop

@@ -32,10 +32,10 @@ import tasks
 from asking import flattery, message
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint
-from decode import generate, pad_prompts
+from decode import generate, pad_prompts, until
 from dialogue import answer_logits, encode_answer, pad
 from model import GPT
-from sample import chat_prompt, until
+from sample import chat_prompt
 
 SHOWN = ("answer", "system", "sentiment", "search", "memory")  # the transcripts
 MOST = {"story": 200, "small": 40}  # tokens of an answer that can be right in many ways

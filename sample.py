@@ -29,10 +29,11 @@ import bench
 import chain
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint, random_model
-from decode import compile_step, generate, pad_prompts
+from decode import compile_step, generate, pad_prompts, until
+from drafts import GUESSES, make_draft, read_draft
 from model import GPT, KVCache, count_parameters
 from packed import has_kernel, quantize_model, weight_bytes
-from speculative import GUESSES, Rounds, make_draft, read_draft, speculate, tokens_a_round
+from speculative import Rounds, speculate, tokens_a_round
 
 
 @dataclass
@@ -78,15 +79,6 @@ def text_decoder() -> codecs.IncrementalDecoder:
     return codecs.getincrementaldecoder("utf-8")("replace")
 
 
-def until(ids: list[int], end: int | None) -> list[int]:
-    """Return the ids before the first `end`.
-
-    >>> until([5, 6, 0, 7], 0)
-    [5, 6]
-    """
-    return ids[:ids.index(end)] if end in ids else ids
-
-
 def print_probabilities(tokenizer: Tokenizer, ids: list[int], law: list[Tensor]) -> None:
     """Print ids from red (a surprise) to green (sure), then their rivals; `law`: the model's logits (V,)."""
     colours, probabilities = (196, 208, 220, 148, 46), [logits.softmax(dim=-1) for logits in law]
@@ -125,9 +117,9 @@ def write(model: GPT, config: Config, way: Way, prompts: list[list[int]]) -> Ite
     ids, lengths = pad_prompts(prompts, model.device)  # (B, T), (B,)
     filters = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     if way.draft is not None:
-        draft = make_draft(way.draft, model, **filters)
+        draft = make_draft(way.draft, model, config.compile, **filters)
         way.rounds = Rounds(config.n_draft or GUESSES["ngram" if way.draft == "ngram" else "draft"])
-        return speculate(model, draft, ids, config.tokens, way.rounds, **filters)
+        return speculate(model, draft, ids, config.tokens, way.rounds, **filters, compiled=config.compile)
     return generate(model, ids, config.tokens, **filters, repetition_penalty=config.repetition_penalty,
                     lengths=lengths if len(set(map(len, prompts))) > 1 else None, step=way.step)
 
@@ -207,7 +199,7 @@ def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[floa
 
 def speculation(model: GPT, config: Config, rounds: Rounds, prompts: list, ms_per_token: float) -> dict:
     """Return what guessing brought, beside plain decoding of as many tokens from the same prompt."""
-    n, plain = len(rounds.accepted), replace(config, tokens=rounds.tokens)
+    n, plain = len(rounds.accepted), replace(config, tokens=rounds.tokens, compile=False)
     times = bench.arrivals(write(model, plain, Way(), prompts), model.device)
     return {"accepted": rounds.alpha, "tokens_a_round": sum(rounds.accepted) / max(1, n) + 1,
             "tokens_a_round_by_formula": tokens_a_round(rounds.alpha, rounds.n),
@@ -235,9 +227,9 @@ def check(config: Config) -> None:
     chain.require(not (config.chat and config.prompt), "--chat reads what you type; leave out --prompt")
     chain.require(not (config.int8 and config.int4), "--int8 and --int4: choose one")
     chain.require(config.n_draft is None or config.n_draft >= 1, f"--n_draft {config.n_draft}: start at 1")
-    alone = config.n == 1 and not (config.prompts or config.compile) and config.repetition_penalty == 1
+    alone = config.n == 1 and not config.prompts and config.repetition_penalty == 1
     chain.require(config.draft is None or alone, f"--draft {config.draft} serves one text at a time: leave "
-                  "out --n, --prompts, --compile and --repetition_penalty")
+                  "out --n, --prompts and --repetition_penalty")
     chain.require(config.bench or not config.random, f"--random {config.random}: add --bench; it can't write")
 
 
@@ -267,8 +259,11 @@ def main(argv=None) -> dict:
     model, tokenizer, content = ((random_model(config.random, config.device), None, {"step": 0})
                                  if config.random else load_model(path, config.device))
     print(f"{config.random or path}: {count_parameters(model.config):,} parameters, step {content['step']}\n")
-    chain.require(not (config.compile and model.config.experts), f"{path} has experts: leave out --compile")
     draft = read_draft(config.draft, model, content) if config.draft else None
+    experts = any(isinstance(each, GPT) and each.config.experts for each in (model, draft))
+    chain.require(not (config.compile and experts), f"{path} or its draft has experts: leave out --compile")
+    chain.require(not (config.compile and draft) or model.device.type == "cpu",
+                  f"--draft {config.draft} --compile: that is for a CPU; leave out --compile")
     if config.bench:
         metrics = bench.measure(model, draft, config.dollars_per_hour, config.compile)
         chain.report("sample.py --bench", config, metrics, time.time() - started)
@@ -278,15 +273,16 @@ def main(argv=None) -> dict:
     if config.int8 or config.int4:
         quantize(model, 8 if config.int8 else 4, path)
     torch.manual_seed(config.seed)
-    way = Way(compile_step(model.device) if config.compile else None, draft)
+    way = Way(compile_step(model.device) if config.compile and not draft else None, draft)
     system = [{"role": "system", "content": config.system}] if config.system else []
     if config.chat:
         chat(model, tokenizer, config, way, system)
         return {}
     prompts, end, leads = read_prompts(config, tokenizer, bool(content.get("chat")), system)
     metrics, before = {}, time.perf_counter()
-    if way.step:
-        list(islice(write(model, replace(config, temperature=0), way, prompts), 2))  # 1 prefill, 1 step
+    if config.compile:
+        with torch.random.fork_rng():  # a prefill and a step, or a round of guesses and the next one
+            list(islice(write(model, config, way, prompts), 2 + (config.n_draft or GUESSES["draft"])))
         metrics["compile_seconds"] = time.perf_counter() - before
     metrics |= complete(model, tokenizer, config, way, prompts, end, leads)[1]
     if way.rounds and metrics["ms_per_token"]:  # one token tells no speed

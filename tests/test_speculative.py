@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import chain
+import decode
+import drafts
 import sample
 import speculative
 from bpe import SPECIAL_TOKENS, Tokenizer
 from decode import filter_logits, generate
+from drafts import ModelDraft, NgramDraft, chain_guesses
 from model import GPT, GPTConfig
-from speculative import ModelDraft, NgramDraft, Rounds, accept, speculate, tokens_a_round
+from speculative import Rounds, accept, agree, all_logits, speculate, tokens_a_round
 
 TINY = GPTConfig(vocab_size=4, context=12, depth=2, width=16, heads=2, kv_heads=1, hidden=16)
 P = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.4, 0.1]], dtype=torch.float64)
@@ -79,9 +82,9 @@ def test_the_first_two_tokens_have_the_models_joint_law():
     assert chi2 < 37.7, f"chi-square {chi2:.1f} with 15 degrees of freedom: p < 0.001"
 
 
-@pytest.mark.parametrize("draft,filters", [("model", {}), ("ngram", {}), ("model", {"top_p": 0.8}),
+@pytest.mark.parametrize("draft,filters", [("model", {}), ("ngram", {}), ("compiled", {"top_p": 0.8}),
                                            ("model", {"temperature": 0.7, "top_k": 3})])
-def test_what_is_written_has_the_models_law(draft, filters):
+def test_what_is_written_has_the_models_law(draft, filters, not_compiled):
     """End to end, caches and all: three tokens, 64 texts, each as often as the model alone writes it."""
     model, other, n = make(0), make(5), 700
     draws, counts, law = torch.Generator().manual_seed(2), torch.zeros(4, 4, 4), torch.zeros(4, 4, 4)
@@ -92,8 +95,9 @@ def test_what_is_written_has_the_models_law(draft, filters):
             law[text] = torch.stack([filter_logits(row[None], **filters).softmax(-1)[0, i]
                                      for row, i in zip(logits, text)]).prod()
     for _ in range(n):
-        guess = ModelDraft(other, **filters) if draft == "model" else NgramDraft(4, "cpu")
-        counts[tuple(write(model, guess, 2, prompt, 3, generator=draws, **filters))] += 1
+        compiled = draft == "compiled"
+        guess = NgramDraft(4, "cpu") if draft == "ngram" else ModelDraft(other, compiled, **filters)
+        counts[tuple(write(model, guess, 2, prompt, 3, generator=draws, compiled=compiled, **filters))] += 1
     possible = law > 1e-9
     assert counts[~possible].sum() == 0, "it wrote what the model's filters leave out"
     common = law * n > 5
@@ -104,6 +108,56 @@ def test_what_is_written_has_the_models_law(draft, filters):
     chi2 = chi_square(observed[kept], expected[kept])
     most = degrees + 3.3 * (2 * degrees) ** 0.5 + 4
     assert chi2 < most, f"chi-square {chi2:.1f}, {degrees} degrees of freedom: another law than the model's"
+
+
+def test_guesses_have_the_drafts_law():
+    """A race: the token whose Exp(1) time / probability is least is drawn from the law."""
+    model, draws, counts = make(5), torch.Generator().manual_seed(4), torch.zeros(4, 4)
+    with torch.no_grad():
+        first = (model(torch.tensor([[1, 2]]))[0, -1] / 3).softmax(-1)
+        second = torch.stack([(model(torch.tensor([[1, 2, i]]))[0, -1] / 3).softmax(-1) for i in range(4)])
+        for _ in range(2_500):
+            (i, j), q = ModelDraft(model, temperature=3.0).guess([1, 2], 2, draws)
+            assert (q[0] - first).abs().max() < 1e-6 and (q[1] - second[i]).abs().max() < 1e-6
+            counts[i, j] += 1
+    chi2 = chi_square(counts.flatten(), first[:, None] * second)
+    assert chi2 < 37.7, f"chi-square {chi2:.1f} with 15 degrees of freedom: not drawn from q"
+
+
+def test_greedy_agrees_as_certain_laws_accept():
+    certain, draws = torch.eye(4)[[2, 0, 3]], torch.Generator().manual_seed(0)
+    for guessed in product(range(4), repeat=2):
+        guessed = torch.tensor(guessed)
+        k, token = accept(certain, torch.eye(4)[guessed], guessed, draws)
+        assert agree(5 * certain, guessed) == (k, token), f"guesses {guessed.tolist()}: not as `accept` does"
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """`compiled` means programs' shapes and caches. To compile them for real takes half a minute."""
+    for module in (drafts, speculative):
+        monkeypatch.setattr(module, "program", lambda function: function)
+
+
+def test_programs_are_compiled_once(monkeypatch):
+    """One form serves all rounds: also the first and the last, and those after which two tokens are new."""
+    graphs = []
+    torch._dynamo.reset()
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    programs = {function: torch.compile(function, backend=count, fullgraph=True, dynamic=False)
+                for function in (chain_guesses, all_logits)}
+    for module in (drafts, speculative):
+        monkeypatch.setattr(module, "program", programs.get)
+    model = make(0, context=32)
+    for draft in (model, make(5, context=32)):
+        for prompt in ([1], [1, 2, 3]):
+            guess = ModelDraft(draft, compiled=True, temperature=0)
+            found = write(model, guess, 3, prompt, 40, temperature=0, compiled=True)
+            assert found == plain(model, prompt, 40)
+    assert len(graphs) == 2, f"{len(graphs)} programs were compiled, not 2: a shape changes between rounds"
 
 
 def test_drawing_from_p_after_a_rejection_has_another_law():
@@ -129,13 +183,16 @@ def test_all_accepted_brings_one_token_more():
 
 @pytest.mark.parametrize("n", [1, 2, 5, 20])
 @pytest.mark.parametrize("draft", ["self", "other", "ngram"])
-def test_greedy_writes_the_same_text(draft, n):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_greedy_writes_the_same_text(draft, n, compiled, not_compiled):
     model = make(0, context=32)
-    drafts = {"self": lambda: ModelDraft(model, temperature=0), "ngram": lambda: NgramDraft(4, "cpu"),
-              "other": lambda: ModelDraft(make(5, context=32), temperature=0)}
+    other = make(5, context=32)
+    guesses = {"self": lambda: ModelDraft(model, compiled, temperature=0),
+               "other": lambda: ModelDraft(other, compiled, temperature=0),
+               "ngram": lambda: NgramDraft(4, "cpu")}
     for prompt in ([1], [1, 2, 3, 1, 2], [0] * 31, [2] * 32):
         wanted = plain(model, prompt, 40)
-        found = write(model, drafts[draft](), n, prompt, 40, temperature=0)
+        found = write(model, guesses[draft](), n, prompt, 40, temperature=0, compiled=compiled)
         assert found == wanted, f"{draft}, {n} guesses, a prompt of {len(prompt)}: {found}, not {wanted}"
 
 
@@ -153,10 +210,10 @@ def test_a_cache_that_is_not_rolled_back_is_noticed(monkeypatch):
     model, draft = make(0, context=32), make(5, context=32)
     wanted = plain(model, [1, 2, 3], 25)
 
-    class Stubborn(speculative.KVCache):
+    class Stubborn(decode.KVCache):
         length = property(lambda self: self.n, lambda self, value: setattr(self, "n", max(value, getattr(
             self, "n", 0))))
-    monkeypatch.setattr(speculative, "KVCache", Stubborn)
+    monkeypatch.setattr(decode, "KVCache", Stubborn)
     with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)):
         assert write(model, ModelDraft(draft, temperature=0), 4, [1, 2, 3], 25, temperature=0) == wanted
 
@@ -221,7 +278,8 @@ def test_bad_flags(checkpoints, fails, monkeypatch, flags, says):
     assert says in fails(sample.main, ["--out", checkpoints, "--device", "cpu", *flags])
 
 
-def test_the_measurement_runs(checkpoints, capsys):
+def test_the_measurement_runs(checkpoints, capsys, monkeypatch, not_compiled):
+    monkeypatch.setattr(speculative, "compile_step", lambda device: decode.next_logits)
     argv = ["--out", str(checkpoints), "--device", "cpu", "--prompts", "2", "--tokens", "5"]
     metrics = speculative.main(argv)
     assert set(metrics) >= {"draft_all_greedy_speed_up", "ngram_lists_drawn_accepted"}

@@ -7,7 +7,7 @@
     calculator, search, lookups, mail, order       with tools: errands.py
     memory      the user tells of himself, and later asks what he said
     small       hello, thank you, goodbye: a plain answer, without flattery
-    story       a story about somebody
+    story       a story about somebody; these three perhaps with tools, which they do not need
 
     python tasks.py       one conversation of each task, and one pair of each kind (1 second)
 
@@ -29,13 +29,13 @@ from functools import partial
 import chain
 import world
 from asking import UNKNOWN, Page, exchange, flattery, message
-from errands import calculator, lookups, mail, order, search
+from errands import calculator, lookups, mail, order, search, with_tools
 
 FAULTS = 0.51  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
-MIX = {"answer": 19, "unknown": 11, "system": 25, "sentiment": 8, "calculator": 9, "search": 9, "lookups": 8,
-       "memory": 3, "mail": 3, "order": 2, "small": 1, "story": 2}
+MIX = {"answer": 19, "unknown": 11, "system": 25, "sentiment": 8, "calculator": 8, "search": 9, "lookups": 8,
+       "memory": 3, "mail": 3, "order": 2, "small": 1, "story": 3}
 # How often each task comes in 100 pairs. Most only keep what SFT has taught.
 PREFERENCES = {"unknown": 22, "answer": 22, "system": 19, "sentiment": 5, "memory": 5, "small": 6,
                "search": 10, "lookups": 3, "story": 8}
@@ -150,9 +150,15 @@ def told(page: Page, n: int) -> tuple[list[dict], list[list[str]]]:
     return sum((exchange(said, reply) for said, reply, *_ in filled), []), [rest for _, _, *rest in filled]
 
 
+def idle_tools(page: Page) -> list[dict]:
+    """Perhaps the system's message that names tools."""
+    return [with_tools(page)] if page.rng.random() < 0.3 else []
+
+
 def memory(page: Page) -> list[dict]:
     """The user tells of himself, then asks what he said."""
     messages, things = told(page, page.pick((2, 3, 4, 5)))
+    messages = idle_tools(page) + messages
     for right, named, question in page.shuffled(things)[:page.turns]:
         messages += exchange(page.any("recall", named=named, question=question), right)
     return messages
@@ -162,7 +168,7 @@ def small(page: Page) -> list[dict]:
     """A greeting, a thank-you, a goodbye, perhaps after a talk. What people like less is flattery."""
     said, right = page.say("small").split(" => ")
     page.worse = f"{page.pick(flattery())} {right}"
-    return told(page, page.pick((0, 1, 2)))[0] + exchange(said, page.fault(right))
+    return idle_tools(page) + told(page, page.pick((0, 1, 2)))[0] + exchange(said, page.fault(right))
 
 
 def story(page: Page) -> list[dict]:
@@ -171,7 +177,7 @@ def story(page: Page) -> list[dict]:
     words = text.split(" ")
     stop, n = page.pick(range(12, len(words))), page.pick(range(1, 13))
     page.worse = " ".join(words[:stop] + 3 * words[stop - n:stop])
-    return exchange(said, text)
+    return idle_tools(page) + exchange(said, text)
 
 
 TASKS = {"answer": answer, "unknown": partial(answer, known=False), "system": system, "sentiment": sentiment,

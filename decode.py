@@ -62,11 +62,11 @@ def sample_token(logits: Tensor, generator: torch.Generator | None = None) -> Te
 # ------------------------------------------------------------------------------- many rows, static shapes
 
 class RowCache(nn.Module):
-    """Serves a model as a KVCache does, but each row has its own length (B,); what is behind it is hidden.
+    """Serves a model as a KVCache does, but each row has its own length (B,); what comes after is hidden.
 
     If it is `static` its shapes never change: it is read in full, written or not. It has room for `tokens`,
     in steps of 128, so that few different sizes are ever compiled. It is a module, as torch takes a module's
-    buffers to stay where they are in memory. It records no CUDA graph of a step that changes other tensors.
+    buffers to stay where they are in memory: of a step that changes other tensors it records no CUDA graph.
     """
 
     def __init__(self, model: GPT, batch_size: int, tokens: int, static: bool):
@@ -111,7 +111,7 @@ def open_cache(model: GPT, compiled: bool) -> KVCache | RowCache:
 
 
 def roll_back(cache: KVCache | RowCache, length: int) -> None:
-    """Forget what stands behind the first `length` tokens: it will be written over."""
+    """Forget all after the first `length` tokens: it will be written over."""
     if isinstance(cache, RowCache):
         cache.length.fill_(length)  # where a program looks for it
     else:
@@ -144,8 +144,9 @@ def program(function):
 
 def compile_step(device: torch.device):
     """Return `next_logits` as one compiled program without Python between; on CUDA as a recorded graph."""
-    how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
-    step = torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
+    step = program(next_logits)
+    if device.type == "cuda":
+        step = torch.compile(next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
     return lambda *given: step(*given).clone()  # subtle: a graph writes all steps' logits to the same place
 
 

@@ -42,22 +42,21 @@ class ModelDraft:
     def __init__(self, model: GPT, compiled=False, temperature=1.0, top_k=0, top_p=1.0):
         """The filters of the model's law are the best ones: with others fewer guesses are accepted."""
         self.model, self.compiled, self.filters = model, compiled, (temperature, top_k, top_p)
-        self.cache, self.read = open_cache(model, compiled), 0
+        self.cache = open_cache(model, compiled)
 
     def guess(self, written: list[int], n: int, draws: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return at most n guesses (n,) of how `written` goes on, and the laws q (n, V) they have."""
-        start = max(0, min(self.read, len(written) - 2))
-        roll_back(self.cache, start)  # what was rejected is forgotten
+        start = max(0, min(int(self.cache.length), len(written) - 2))
+        roll_back(self.cache, start)  # guesses that were rejected, and the last token but one
         if start < len(written) - 2:  # the prompt
             self.model.hidden(torch.tensor([written[start:-2]], device=self.model.device), self.cache)
-        new = torch.tensor([written[-2:]], device=self.model.device)  # (1, 2)
-        if not self.compiled:  # a program has one form, and a full RowCache one more place
+        new = torch.tensor([written[-2:]], device=self.model.device)  # (1, 2), or (1, 1) at the first token
+        if not self.compiled:  # a program has one form; what it guesses past the context is left unread
             n = min(n, self.model.config.context - len(written))
         race = torch.ones(n, self.model.config.vocab_size, device=new.device)
         if self.filters[0] > 0:
             race.exponential_(generator=draws)
         guess = program(chain_guesses) if self.compiled and len(written) > 1 else chain_guesses
-        self.read = len(written) + n - 1
         return guess(self.model, new, self.cache, race, self.filters)
 
 
@@ -92,6 +91,11 @@ def make_draft(draft: GPT | str, model: GPT, compiled: bool = False, **filters) 
     if draft == "ngram":
         return NgramDraft(model.config.vocab_size, model.device)
     return ModelDraft(draft, compiled, **filters)
+
+
+def has_experts(*models: GPT | str | None) -> bool:
+    """Return whether one of them is a mixture of experts, which can't be one program."""
+    return any(isinstance(model, GPT) and model.config.experts > 0 for model in models)
 
 
 def read_draft(name: str, model: GPT, content: dict) -> GPT | str:

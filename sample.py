@@ -30,7 +30,7 @@ import chain
 from bpe import Tokenizer
 from checkpoint import load_model, newest_checkpoint, random_model
 from decode import compile_step, generate, pad_prompts, until
-from drafts import GUESSES, make_draft, read_draft
+from drafts import GUESSES, has_experts, make_draft, read_draft
 from model import GPT, KVCache, count_parameters
 from packed import has_kernel, quantize_model, weight_bytes
 from speculative import Rounds, speculate, tokens_a_round
@@ -53,7 +53,7 @@ class Config:
     repetition_penalty: float = chain.option(1.0, "above 1: tokens that were seen become less likely")
     show_probs: bool = chain.option(False, "colour each token by its probability and list the runners-up")
     draft: str | None = chain.option(None, "a checkpoint that guesses tokens, or ngram")
-    n_draft: int | None = chain.option(None, "tokens guessed at once (default: 3 by a model, 8 by look-up)")
+    n_draft: int | None = chain.option(None, "tokens guessed at once (default: 5 by a model, 8 by look-up)")
     int8: bool = chain.option(False, "put the weights into 8 bits")
     int4: bool = chain.option(False, "put the weights into 4 bits")
     compile: bool = chain.option(False, "compile the step (half a minute)")
@@ -260,8 +260,8 @@ def main(argv=None) -> dict:
                                  if config.random else load_model(path, config.device))
     print(f"{config.random or path}: {count_parameters(model.config):,} parameters, step {content['step']}\n")
     draft = read_draft(config.draft, model, content) if config.draft else None
-    experts = any(isinstance(each, GPT) and each.config.experts for each in (model, draft))
-    chain.require(not (config.compile and experts), f"{path} or its draft has experts: leave out --compile")
+    chain.require(not (config.compile and has_experts(model, draft)),
+                  f"{path} or its draft has experts: leave out --compile")
     chain.require(not (config.compile and draft) or model.device.type == "cpu",
                   f"--draft {config.draft} --compile: that is for a CPU; leave out --compile")
     if config.bench:

@@ -39,8 +39,8 @@ import world
 from checkpoint import load_model
 from decode import compile_step, few_threads, filter_logits, generate, open_cache, program, roll_back
 from dial import can_compile
-from drafts import GUESSES, make_draft, read_draft
-from model import GPT
+from drafts import GUESSES, has_experts, make_draft, read_draft
+from model import GPT, positions
 
 
 SPEED_UPS = ("speed_up", "speed_up_compiled", "compiled_over_plain")
@@ -97,7 +97,7 @@ def tokens_a_round(alpha: float, n: int) -> float:
 
 @dataclass
 class Rounds:
-    """What a run has counted. Rounds with fewer guesses than n, as the last one, tell nothing of α."""
+    """What a run has counted. The formula is of rounds with n guesses; the last one often has fewer."""
     n: int
     passes: int = 0  # of the model
     tokens: int = 0
@@ -122,16 +122,18 @@ def speculate(model: GPT, draft, ids: Tensor, tokens: int, rounds: Rounds, *, te
     """Go on from ids (1, T): yield (new id (1, 1), the model's logits (1, V)), as decode.py's `generate`.
 
     It guesses `rounds.n` tokens a round, fewer where `tokens` or the context end, and counts in `rounds`.
+    Raises ValueError when the prompt does not fit.
     """
     context, T = model.config.context, ids.shape[1]
-    written, left = ids[0].tolist(), min(tokens, max(1, context - T + 1))
+    positions(0, T, context)  # does it fit?
+    written, left = ids[0].tolist(), min(tokens, context - T + 1)  # the last token is written, but not read
     cache = open_cache(model, compiled)
     with few_threads(model, 1):
         if T > 1:
             model.hidden(ids[:, :-1], cache)
         while left > 0:
             guessed, q = draft.guess(written, rounds.n, generator)
-            n = max(0, min(len(guessed), left - 1, context - len(written)))
+            n = min(len(guessed), left - 1)  # a round brings one token more
             guessed, q = guessed[:n], q[:n]  # (n,), (n, V)
             new = torch.cat([torch.tensor(written[-1:], device=model.device), guessed])[None]  # (1, 1 + n)
             if compiled and len(written) + rounds.n <= context:
@@ -169,19 +171,19 @@ def compare(model: GPT, draft: GPT | str, step, prompts: list, temperature: floa
     """
     options = {"temperature": temperature, "generator": torch.Generator(model.device).manual_seed(c.seed)}
 
-    def guessed(ids: Tensor, rounds: Rounds, compiled: bool = False):
-        guess = make_draft(draft, model, compiled, temperature=temperature)
-        return speculate(model, guess, ids, c.tokens, rounds, compiled=compiled, **options)
+    def guessing(ids: Tensor, rounds: Rounds, compiled: bool = False):
+        who = make_draft(draft, model, compiled, temperature=temperature)
+        return speculate(model, who, ids, c.tokens, rounds, compiled=compiled, **options)
 
     rounds, spent, same = Rounds(n), Counter(), 0
     untimed = [min(prompts, key=len), max(prompts, key=len)] if step else []  # a static cache has two sizes
     for number, prompt in enumerate(untimed + prompts):
         ids = torch.tensor([prompt], device=model.device)  # (1, T)
         streams = {"plain": generate(model, ids, c.tokens, **options),
-                   "guessed": guessed(ids, rounds if number >= len(untimed) else Rounds(n))}
+                   "guessing": guessing(ids, rounds if number >= len(untimed) else Rounds(n))}
         if step:
             streams |= {"plain compiled": generate(model, ids, c.tokens, step=step, **options),
-                        "guessed compiled": guessed(ids, Rounds(n), compiled=True)}
+                        "guessing compiled": guessing(ids, Rounds(n), compiled=True)}
         timed = {way: seconds(stream) for way, stream in streams.items()}
         if number >= len(untimed):
             spent.update({way: took for way, (took, _) in timed.items()})
@@ -190,10 +192,10 @@ def compare(model: GPT, draft: GPT | str, step, prompts: list, temperature: floa
     found = {"accepted": rounds.alpha, "tokens_a_round": float(brought.mean()),
              "error": float((brought - brought.mean()).square().mean().sqrt() / len(brought) ** 0.5),
              "formula": tokens_a_round(rounds.alpha, n), "same": same / len(prompts),
-             "speed_up": spent["plain"] / spent["guessed"]}
+             "speed_up": spent["plain"] / spent["guessing"]}
     if step:
-        found["speed_up_compiled"] = spent["plain compiled"] / spent["guessed compiled"]
-        found["compiled_over_plain"] = spent["plain"] / spent["guessed compiled"]
+        found["speed_up_compiled"] = spent["plain compiled"] / spent["guessing compiled"]
+        found["compiled_over_plain"] = spent["plain"] / spent["guessing compiled"]
     return found
 
 
@@ -201,12 +203,15 @@ def compare(model: GPT, draft: GPT | str, step, prompts: list, temperature: floa
 def main(argv=None) -> dict:
     """Measure both drafts on held-out documents, greedy and drawn."""
     c, started = chain.parse(Config, argv, __doc__), time.time()
-    chain.require(min(c.prompts, c.tokens) >= 1, f"--prompts {c.prompts} --tokens {c.tokens}: start at 1")
+    chain.require(c.prompts >= 1, f"--prompts {c.prompts}: start at 1")
     chain.require(c.n_draft is None or c.n_draft >= 1, f"--n_draft {c.n_draft}: start at 1")
+    most = c.n_draft or max(GUESSES.values())
+    chain.require(c.tokens > most, f"--tokens {c.tokens}: a round of {most} guesses brings more; give more")
     c.device = chain.pick_device(c.device)
     model, tokenizer, content = load_model(c.checkpoint or Path(c.out, "base.pt"), c.device)
     trained = read_draft(c.draft or str(Path(c.out, "draft.pt")), model, content)
-    step = compile_step(model.device) if c.device == "cpu" and can_compile("cpu") else None
+    compiles = c.device == "cpu" and not has_experts(model, trained) and can_compile("cpu")
+    step = compile_step(model.device) if compiles else None
     metrics, start = {}, tokenizer.special["<|endoftext|>"]
     print("the speed-up beside plain decoding: as they are, both compiled, only the guessing compiled\n"
           "draft  text   temperature accepted  tokens a round  by formula  as they are  both  only  same")
@@ -218,9 +223,10 @@ def main(argv=None) -> dict:
             for temperature in (0, 1):
                 found = compare(model, draft, step, prompts, temperature, c.n_draft or GUESSES[name], c)
                 ups = (f"{found[key]:.2f}" if key in found else "-" for key in SPEED_UPS)
+                same = f"{found['same']:.0%}" if temperature == 0 else ""
                 print(f"{name:<6} {text:<6} {temperature:>11} {found['accepted']:>9.1%} "
                       f"{found['tokens_a_round']:>8.2f} ± {found['error']:.2f} {found['formula']:>11.2f}  "
-                      f"{'{:>11} {:>5} {:>5}'.format(*ups)} {found['same']:>5.0%}", flush=True)
+                      f"{'{:>11} {:>5} {:>5}'.format(*ups)} {same:>5}", flush=True)
                 metrics |= {f"{name}_{text}_{'greedy' if temperature == 0 else 'drawn'}_{key}": found[key]
                             for key in ("accepted", *SPEED_UPS) if key in found}
     chain.report("speculative.py", c, metrics, time.time() - started)

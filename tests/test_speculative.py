@@ -198,6 +198,8 @@ def test_greedy_writes_the_same_text(draft, n, compiled, not_compiled):
 
 def test_tokens_and_context_end_within_a_round():
     model = make(0)
+    with pytest.raises(ValueError, match="13 tokens do not fit"):
+        write(model, ModelDraft(model), 5, [1] * 13, 1)
     for tokens in range(1, 9):
         assert len(write(model, ModelDraft(model), 5, [1, 2], tokens)) == tokens, "the limit cuts a round"
     for length in range(1, 13):
@@ -207,15 +209,15 @@ def test_tokens_and_context_end_within_a_round():
 
 def test_a_cache_that_is_not_rolled_back_is_noticed(monkeypatch):
     """The trap: keys of rejected guesses stay. The text must change, or the tests above see nothing."""
-    model, draft = make(0, context=32), make(5, context=32)
+    model, draft = make(0, context=256), make(5, context=256)
     wanted = plain(model, [1, 2, 3], 25)
 
     class Stubborn(decode.KVCache):
         length = property(lambda self: self.n, lambda self, value: setattr(self, "n", max(value, getattr(
             self, "n", 0))))
     monkeypatch.setattr(decode, "KVCache", Stubborn)
-    with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)):
-        assert write(model, ModelDraft(draft, temperature=0), 4, [1, 2, 3], 25, temperature=0) == wanted
+    found = write(model, ModelDraft(draft, temperature=0), 4, [1, 2, 3], 25, temperature=0)
+    assert found != wanted, "the text is the same, though keys of rejected guesses stay"
 
 
 def test_the_count_of_tokens_follows_the_formula():
@@ -280,7 +282,7 @@ def test_bad_flags(checkpoints, fails, monkeypatch, flags, says):
 
 def test_the_measurement_runs(checkpoints, capsys, monkeypatch, not_compiled):
     monkeypatch.setattr(speculative, "compile_step", lambda device: decode.next_logits)
-    argv = ["--out", str(checkpoints), "--device", "cpu", "--prompts", "2", "--tokens", "5"]
+    argv = ["--out", str(checkpoints), "--device", "cpu", "--prompts", "2", "--tokens", "12"]
     metrics = speculative.main(argv)
     assert set(metrics) >= {"draft_all_greedy_speed_up", "ngram_lists_drawn_accepted"}
     table = capsys.readouterr().out.split("---")[0]

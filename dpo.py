@@ -13,20 +13,19 @@ the chosen answers is added, --nll times (Pang 2024). What the pairs do not show
 weights go a part of the way back to the start (`go_back`).
 
     python dpo.py                    out/sft.pt -> out/dpo.pt on preferences of the small world (2 minutes)
-    python dpo.py --loss ipo         or cdpo: see the functions
+    python dpo.py --loss ipo --beta 0.3    or cdpo: see the functions
     python dpo.py --data my.jsonl    your own: {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"} a line
 
 What the small world's people like: "I don't know" more than an answer that the text does not give; where it
 gives one, a sentence more than "I don't know" or the bare value; plain words more than flattery; a story that
 goes on more than one that goes round; each other right step more than a wrong one (tasks.py).
-Percent of held-out questions (right answers and other tasks: points gained or lost), mean and standard
-deviation over three seeds of pairs and questions, all from an older out/sft.pt, with --keep 0.75, --pairs
-2000 and other shares of the tasks. From the recorded one, seeds 0, 1 and 2 bring 63, 62 and 55 to 3, 2.5 and
-4, change the right answers by -1, -2.5 and 0, and bring flattery from 50, 49 and 53 to 7, 6 and 0:
+Percent of held-out questions (right answers and nine other tasks: points gained or lost), mean and standard
+deviation over three seeds of pairs and questions, all from the recorded out/sft.pt. With a large β the model
+stays near what it was, and no other task loses more than 1.5 points; with the smaller one, up to 3.5:
 
     β      made up, before   after       right answers   nine other tasks   flattery after   KL
-    0.3    72 ± 4            4.8 ± 1.9   -1.2 ± 0.3      +0.6 ± 0.4         31 ± 7           0.030 ± 0.004
-    3      72 ± 4            6.5 ± 3.5   -1.5 ± 1.0      +0.3 ± 0.9         33 ± 3           0.021 ± 0.003
+    0.3    55 ± 5            3.0 ± 0.5   -1.7 ± 2.0      -0.5 ± 0.2         0.7 ± 0.3        0.049 ± 0.004
+    3      55 ± 5            3.2 ± 0.3   -1.2 ± 1.4      +0.1 ± 0.2         2.3 ± 1.3        0.029 ± 0.005
 
 Left out: resuming, as it takes minutes; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
 2023 (IPO), Mitchell 2023 (conservative DPO), Pang 2024 (the term beside it), Wortsman 2021 (the way back).
@@ -64,7 +63,7 @@ class Config:
     name: str = chain.option("dpo", "the checkpoint is <out>/<name>.pt")
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/sft.pt)")
     loss: str = chain.option("dpo", "what to minimise", choices=("dpo", "ipo", "cdpo"))
-    beta: float = chain.option(0.3, "how strongly the reference holds the model")
+    beta: float = chain.option(3.0, "how strongly the reference holds the model")
     pairs: int = chain.option(2400, "how many of the small world")
     epochs: int = chain.option(1, "how often each pair is learned from")
     batch_size: int = chain.option(8, "pairs a step")

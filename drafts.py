@@ -45,14 +45,12 @@ class ModelDraft:
         self.cache = open_cache(model, compiled)
 
     def guess(self, written: list[int], n: int, draws: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return at most n guesses (n,) of how `written` goes on, and the laws q (n, V) they have."""
+        """Return n guesses (n,) of how `written` goes on, and the laws q (n, V) that they were drawn from."""
         start = max(0, min(int(self.cache.length), len(written) - 2))
         roll_back(self.cache, start)  # guesses that were rejected, and the last token but one
         if start < len(written) - 2:  # the prompt
             self.model.hidden(torch.tensor([written[start:-2]], device=self.model.device), self.cache)
         new = torch.tensor([written[-2:]], device=self.model.device)  # (1, 2), or (1, 1) at the first token
-        if not self.compiled:  # a program has one form; what it guesses past the context is left unread
-            n = min(n, self.model.config.context - len(written))
         race = torch.ones(n, self.model.config.vocab_size, device=new.device)
         if self.filters[0] > 0:
             race.exponential_(generator=draws)
@@ -67,7 +65,7 @@ class NgramDraft:
         self.vocab_size, self.device = vocab_size, device
 
     def guess(self, written: list[int], n: int, draws: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """As ModelDraft's, at most n guesses. They were not drawn: the law of each is certain of it."""
+        """As ModelDraft's, but at most n guesses. They were not drawn: the law of each is certain of it."""
         guesses = torch.tensor(self.look_up(written)[:n], dtype=torch.long, device=self.device)  # (n,)
         return guesses, F.one_hot(guesses, self.vocab_size).float()
 

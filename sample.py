@@ -199,7 +199,7 @@ def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[floa
 
 def speculation(model: GPT, config: Config, rounds: Rounds, prompts: list, ms_per_token: float) -> dict:
     """Return what guessing brought, beside plain decoding of as many tokens from the same prompt."""
-    n, plain = len(rounds.accepted), replace(config, tokens=rounds.tokens, compile=False)
+    n, plain = len(rounds.accepted), replace(config, tokens=rounds.tokens)
     times = bench.arrivals(write(model, plain, Way(), prompts), model.device)
     return {"accepted": rounds.alpha, "tokens_a_round": sum(rounds.accepted) / max(1, n) + 1,
             "tokens_a_round_by_formula": tokens_a_round(rounds.alpha, rounds.n),
@@ -230,6 +230,8 @@ def check(config: Config) -> None:
     alone = config.n == 1 and not config.prompts and config.repetition_penalty == 1
     chain.require(config.draft is None or alone, f"--draft {config.draft} serves one text at a time: leave "
                   "out --n, --prompts and --repetition_penalty")
+    chain.require(not (config.bench and config.draft and config.compile),
+                  "--bench measures a draft as it is: leave out --compile or --draft")
     chain.require(config.bench or not config.random, f"--random {config.random}: add --bench; it can't write")
 
 

@@ -132,12 +132,13 @@ def speculate(model: GPT, draft, ids: Tensor, tokens: int, rounds: Rounds, *, te
         if T > 1:
             model.hidden(ids[:, :-1], cache)
         while left > 0:
-            guessed, q = draft.guess(written, rounds.n, generator)
-            n = min(len(guessed), left - 1)  # a round brings one token more
+            # a round brings one token more than guesses; a program has one form, so it guesses too many
+            guessed, q = draft.guess(written, rounds.n if compiled else min(rounds.n, left - 1), generator)
+            n = min(len(guessed), left - 1)
             guessed, q = guessed[:n], q[:n]  # (n,), (n, V)
             new = torch.cat([torch.tensor(written[-1:], device=model.device), guessed])[None]  # (1, 1 + n)
             if compiled and len(written) + rounds.n <= context:
-                # a program has one form: what is filled up is thrown away
+                # what is filled up is thrown away
                 logits = program(all_logits)(model, F.pad(new, (0, rounds.n - n)), cache)[:n + 1]
             else:
                 logits = all_logits(model, new, cache)  # (n + 1, V)
@@ -210,7 +211,7 @@ def main(argv=None) -> dict:
     c.device = chain.pick_device(c.device)
     model, tokenizer, content = load_model(c.checkpoint or Path(c.out, "base.pt"), c.device)
     trained = read_draft(c.draft or str(Path(c.out, "draft.pt")), model, content)
-    compiles = c.device == "cpu" and not has_experts(model, trained) and can_compile("cpu")
+    compiles = model.device.type == "cpu" and not has_experts(model, trained) and can_compile("cpu")
     step = compile_step(model.device) if compiles else None
     metrics, start = {}, tokenizer.special["<|endoftext|>"]
     print("the speed-up beside plain decoding: as they are, both compiled, only the guessing compiled\n"

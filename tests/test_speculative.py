@@ -82,8 +82,9 @@ def test_the_first_two_tokens_have_the_models_joint_law():
     assert chi2 < 37.7, f"chi-square {chi2:.1f} with 15 degrees of freedom: p < 0.001"
 
 
-@pytest.mark.parametrize("draft,filters", [("model", {}), ("ngram", {}), ("compiled", {"top_p": 0.8}),
-                                           ("model", {"temperature": 0.7, "top_k": 3})])
+@pytest.mark.parametrize("draft,filters", [("model", {}), ("ngram", {}), ("model", {"top_p": 0.8}),
+                                           ("model", {"temperature": 0.7, "top_k": 3}),
+                                           ("compiled", {"top_p": 0.8})])
 def test_what_is_written_has_the_models_law(draft, filters, not_compiled):
     """End to end, caches and all: three tokens, 64 texts, each as often as the model alone writes it."""
     model, other, n = make(0), make(5), 700
@@ -274,6 +275,7 @@ def test_the_door_reports_what_it_brought(checkpoints, capsys):
     (["--draft", "foreign.pt"], "tokenizer"),
     (["--draft", "nowhere.pt"], "nowhere.pt"), (["--draft", "ngram", "--n_draft", "0"], "--n_draft 0"),
     (["--draft", "ngram", "--n", "2"], "one text at a time"),
+    (["--draft", "ngram", "--bench", "--compile"], "leave out --compile or --draft"),
     (["--draft", "ngram", "--repetition_penalty", "1.1"], "--repetition_penalty")])
 def test_bad_flags(checkpoints, fails, monkeypatch, flags, says):
     monkeypatch.chdir(checkpoints)

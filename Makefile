@@ -29,10 +29,10 @@ test: .venv/done
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test_most test_rest
 
 test_most:
-	$(PYTHON) -m pytest -q tests/test_[a-rw-z]*.py
+	$(PYTHON) -m pytest -q tests --ignore-glob='tests/test_s*' --ignore-glob='tests/test_t[ar]*'
 
 test_rest:
-	$(PYTHON) -m pytest -q tests/test_[s-v]*.py
+	$(PYTHON) -m pytest -q tests/test_s*.py tests/test_t[ar]*.py
 
 # A checkpoint that is there is not made again; a run that was stopped goes on.
 out/base.pt: | .venv/done

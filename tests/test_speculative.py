@@ -82,12 +82,11 @@ def test_the_first_two_tokens_have_the_models_joint_law():
     assert chi2 < 37.7, f"chi-square {chi2:.1f} with 15 degrees of freedom: p < 0.001"
 
 
-@pytest.mark.parametrize("draft,filters", [("model", {}), ("ngram", {}), ("model", {"top_p": 0.8}),
-                                           ("model", {"temperature": 0.7, "top_k": 3}),
-                                           ("compiled", {"top_p": 0.8})])
+@pytest.mark.parametrize("draft,filters", [("model", {}), ("ngram", {}), ("compiled", {"top_p": 0.8}),
+                                           ("model", {"temperature": 0.7, "top_k": 3})])
 def test_what_is_written_has_the_models_law(draft, filters, not_compiled):
     """End to end, caches and all: three tokens, 64 texts, each as often as the model alone writes it."""
-    model, other, n = make(0), make(5), 700
+    model, other, n = make(0), make(5, depth=1), 700
     draws, counts, law = torch.Generator().manual_seed(2), torch.zeros(4, 4, 4), torch.zeros(4, 4, 4)
     prompt = [1, 2, 1]
     with torch.no_grad():
@@ -113,11 +112,11 @@ def test_what_is_written_has_the_models_law(draft, filters, not_compiled):
 
 def test_guesses_have_the_drafts_law():
     """A race: the token whose Exp(1) time / probability is least is drawn from the law."""
-    model, draws, counts = make(5), torch.Generator().manual_seed(4), torch.zeros(4, 4)
+    model, draws, counts = make(5, depth=1), torch.Generator().manual_seed(4), torch.zeros(4, 4)
     with torch.no_grad():
         first = (model(torch.tensor([[1, 2]]))[0, -1] / 3).softmax(-1)
         second = torch.stack([(model(torch.tensor([[1, 2, i]]))[0, -1] / 3).softmax(-1) for i in range(4)])
-        for _ in range(2_500):
+        for _ in range(1_600):
             (i, j), q = ModelDraft(model, temperature=3.0).guess([1, 2], 2, draws)
             assert (q[0] - first).abs().max() < 1e-6 and (q[1] - second[i]).abs().max() < 1e-6
             counts[i, j] += 1

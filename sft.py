@@ -68,12 +68,14 @@ class Config:
 
 # ---------------------------------------------------------------------------------------- the loop
 
-def learned_loss(model: GPT, x: Tensor, y: Tensor, segments: Tensor, bfloat16: bool) -> Tensor:
-    """Return the summed cross-entropy in nats of the targets y (B, T) that are not IGNORE."""
+def learned_loss(model: GPT, x: Tensor, y: Tensor, segments: Tensor, bfloat16: bool, most: int) -> Tensor:
+    """Return the summed cross-entropy in nats of the targets y (B, T) that are not IGNORE, `most` at most."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-        # at all places: picking those where something is learned would break the compiler's graph in two
-        logits = model.head(model.hidden(x, segments=segments)).flatten(0, 1)  # (B · T, V)
-    return F.cross_entropy(logits.float(), y.flatten(), ignore_index=IGNORE, reduction="sum")
+        hidden = model.hidden(x, segments=segments).flatten(0, 1)  # (B · T, C)
+        # only one target of four is learned; always `most` places, as a compiled program has one form
+        places = (y.flatten() != IGNORE).int().topk(most).indices  # (most,)
+        logits = model.head(hidden[places])  # (most, V)
+    return F.cross_entropy(logits.float(), y.flatten()[places], ignore_index=IGNORE, reduction="sum")
 
 
 def fit(model: GPT, rows: Rows, c: Config, look=None, save=None, state: dict | None = None) -> tuple:
@@ -87,19 +89,23 @@ def fit(model: GPT, rows: Rows, c: Config, look=None, save=None, state: dict | N
         optimizer.load_state_dict(state["optimizer"])
     loss_of = compiled(learned_loss, c)
     per_epoch = -(-len(rows.x) // c.batch_size)
-    steps = c.epochs * per_epoch
+    steps, learned = c.epochs * per_epoch, (rows.y != IGNORE).sum(dim=1)  # (N,)
+
+    def picked(step: int) -> np.ndarray:
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng([c.seed, epoch]).permutation(len(rows.x))
+        return np.resize(order[place * c.batch_size:(place + 1) * c.batch_size], c.batch_size)
+    most = max(1, *(int(learned[picked(step)].sum()) for step in range(steps)))
     warmup, every = max(1, min(100, steps // 10)), -(-steps // 10)
     clock = chain.Clock(steps, c.batch_size * rows.x.shape[1], 0, show=True)
     for step in range(len(history), steps):
         rate = cosine_lr(step, steps, c.learning_rate, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        epoch, place = divmod(step, per_epoch)
-        order = np.random.default_rng([c.seed, epoch]).permutation(len(rows.x))
-        picked = np.resize(order[place * c.batch_size:(place + 1) * c.batch_size], c.batch_size)
-        x, y, segments = (part[picked].to(c.device) for part in (rows.x, rows.y, rows.segments))  # (B, T)
+        now = picked(step)
+        x, y, segments = (part[now].to(c.device) for part in (rows.x, rows.y, rows.segments))  # (B, T)
         n = (y != IGNORE).sum().clamp(min=1)  # subtle: the mean over nothing is nan
-        loss = loss_of(model, x, y, segments, c.precision == "bfloat16") / n
+        loss = loss_of(model, x, y, segments, c.precision == "bfloat16", most) / n
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         loss = loss.item()
@@ -141,7 +147,7 @@ def read_conversations(c: Config) -> tuple[list[list[dict]], list[list[dict]]]:
 def mean_loss(model: GPT, rows: Rows, device: str) -> float:
     """Return the mean loss in nats a learned token."""
     parts = zip(*(part.to(device).split(32) for part in (rows.x, rows.y, rows.segments)))
-    total = sum(learned_loss(model, x, y, segments, False).item() for x, y, segments in parts)
+    total = sum(learned_loss(model, x, y, segments, False, y.numel()).item() for x, y, segments in parts)
     return total / max(1, int((rows.y != IGNORE).sum()))
 
 

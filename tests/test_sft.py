@@ -76,11 +76,13 @@ def losses_by_hand(model: GPT, learned_only: bool) -> list[torch.Tensor]:
 
 def test_the_loss_is_that_of_the_assistants_tokens_alone(exact):
     model, rows = make(), make_rows(TALKS, TOKENIZER, SMALL.context)
-    loss = sft.learned_loss(model, rows.x, rows.y, rows.segments, False)
+    loss = sft.learned_loss(model, rows.x, rows.y, rows.segments, False, rows.y.numel())
     by_hand = losses_by_hand(model, True)
     learned = sum(len(each["content"]) + 2 for t in TALKS for each in t if each["role"] == "assistant")
     assert len(by_hand) == learned == (rows.y != IGNORE).sum(), "learned: spaces, letters, ends"
     assert abs(loss - sum(by_hand)) < 1e-9, f"the loss {loss:.6f} is by hand {sum(by_hand):.6f}"
+    fewest = sft.learned_loss(model, rows.x, rows.y, rows.segments, False, learned)
+    assert abs(loss - fewest) < 1e-9, "of only as many places as are learned the loss is another"
     mean = sft.mean_loss(model, rows, "cpu")
     assert abs(mean - sum(by_hand) / learned) < 1e-10, "mean_loss is the mean over the learned tokens"
 
@@ -100,7 +102,7 @@ def test_the_users_words_get_no_gradient(exact):
     rows = make_rows([talk], TOKENIZER, SMALL.context)
     last = model.blocks[-1].attention  # nothing behind it mixes places
     last.register_forward_hook(lambda _, inputs, x: seen.append(x) or x.retain_grad())  # (B, T, C)
-    sft.learned_loss(model, rows.x, rows.y, rows.segments, False).backward()
+    sft.learned_loss(model, rows.x, rows.y, rows.segments, False, rows.y.numel()).backward()
     pushed = (seen[0].grad[0] != 0).any(dim=-1).tolist()
     learned = TOKENIZER.encode_chat(talk)[1]
     wanted = [bool(one) for one in learned[1:]] + [False] * (SMALL.context - len(learned) + 1)

@@ -43,10 +43,8 @@ STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
 LABELS = ("POSITIVE", "NEGATIVE", "NEUTRAL")
-STORIES = ("<open> <lost start> <lost try> <lost turn> <lost end>",
-           "<open> <storm start> <storm try> <storm turn> <storm end>",
-           "<open> <gift start> <gift try> <gift turn> <gift end>",
-           "<open> <fair start> <fair try> <fair turn> <fair end>")
+STORIES = ("<tale> <lost one> <lost first> <lost then> <lost last>",
+           "<tale> <beast one> <beast first> <beast then> <beast last>")
 
 
 @dataclass

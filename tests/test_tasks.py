@@ -267,6 +267,12 @@ def test_people_prefer_what_is_right():
         assert kinds == wanted, f"{task}: (who spoke last, what is called next) is {kinds}, not {wanted}"
 
 
+def test_a_story_tells_of_nobody_else(drawn):
+    for asked, told in (messages[-2:] for messages in drawn[0]["story", "train"]):
+        people = {name for name in names(told["content"]) if world.facts(name)["kind"] == "person"}
+        assert people == set(re.findall(r"about (\w+ \w+)", asked["content"])), f"{people} in {told}"
+
+
 def test_the_mix(monkeypatch):
     seen = []
     for it in tasks.TASKS.items():

@@ -43,8 +43,8 @@ STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
 CLOSED = ("day", "month")  # facts with so few values that a small model can learn their capitals
 LABELS = ("POSITIVE", "NEGATIVE", "NEUTRAL")
-STORIES = ("<tale> <lost one> <lost first> <lost then> <lost last>",
-           "<tale> <beast one> <beast first> <beast then> <beast last>")
+STORIES = ("<tale open> <tale lost one> <tale lost first> <tale lost then> <tale lost last>",
+           "<tale open> <tale beast one> <tale beast first> <tale beast then> <tale beast last>")
 
 
 @dataclass

@@ -86,7 +86,7 @@ def test_the_first_two_tokens_have_the_models_joint_law():
                                            ("model", {"temperature": 0.7, "top_k": 3})])
 def test_what_is_written_has_the_models_law(draft, filters, not_compiled):
     """End to end, caches and all: three tokens, 64 texts, each as often as the model alone writes it."""
-    model, other, n = make(0), make(5, depth=1), 700
+    model, other, n = make(0), make(5, depth=1), 500
     draws, counts, law = torch.Generator().manual_seed(2), torch.zeros(4, 4, 4), torch.zeros(4, 4, 4)
     prompt = [1, 2, 1]
     with torch.no_grad():

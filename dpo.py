@@ -20,7 +20,7 @@ What the small world's people like: "I don't know" more than an answer that the 
 gives one, a sentence more than "I don't know" or the bare value; plain words more than flattery; a story that
 goes on more than one that goes round; each other right step more than a wrong one (tasks.py).
 Percent of held-out questions (right answers and nine other tasks: points gained or lost), mean and standard
-deviation over three seeds of pairs and questions, all from the recorded out/sft.pt. With a large β the model
+deviation over three seeds of pairs and questions, all from one out/sft.pt. With a large β the model
 stays near what it was, and no other task loses more than 1.5 points; with the smaller one, up to 3.5:
 
     β      made up, before   after       right answers   nine other tasks   flattery after   KL

@@ -24,7 +24,7 @@ all: chain out/draft.pt moe
 
 moe: out/moe.pt
 
-# Two processes of one thread each: 80 s on two cores, where one takes 125.
+# Two processes of one thread each: 95 s on two older cores, where one takes twice as long.
 test: .venv/done
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test_most test_rest
 

@@ -31,7 +31,8 @@ def test_held_out_wordings_are_not_used_in_training():
     for section, lines in OWN.frames.items():
         train, held_out = (set(asking.frames(split)[section]) for split in SPLITS)
         assert len(lines) >= 4 and train and held_out, f"[frames {section}] is too short"
-        both = train & held_out if section[:-1] != "sum " else ""  # signs must be known, the numbers are new
+        # a sum's signs must be known, its numbers are new; nobody can guess what a tale says
+        both = train & held_out if section[:-1] != "sum " and section[:5] != "tale " else ""
         assert not both and train | held_out == set(lines), f"[frames {section}] is cut badly: {both}"
 
 

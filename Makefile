@@ -24,15 +24,15 @@ all: chain out/draft.pt moe
 
 moe: out/moe.pt
 
-# Two processes of one thread each: 95 s on two older cores, where one takes twice as long.
+# Two processes of one thread each: 90 s on two older cores, where one takes twice as long.
 test: .venv/done
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test_most test_rest
 
 test_most:
-	$(PYTHON) -m pytest -q tests --ignore-glob='tests/test_s*' --ignore-glob='tests/test_t[ar]*'
+	$(PYTHON) -m pytest -q tests --ignore-glob='tests/test_s[fp]*' --ignore-glob='tests/test_t[ar]*'
 
 test_rest:
-	$(PYTHON) -m pytest -q tests/test_s*.py tests/test_t[ar]*.py
+	$(PYTHON) -m pytest -q tests/test_s[fp]*.py tests/test_t[ar]*.py
 
 # A checkpoint that is there is not made again; a run that was stopped goes on.
 out/base.pt: | .venv/done

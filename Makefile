@@ -24,7 +24,7 @@ all: chain out/draft.pt moe
 
 moe: out/moe.pt
 
-# Two processes of one thread each: 90 s on two older cores, where one takes twice as long.
+# Two processes of one thread each: together they take about as long, so one core is never idle.
 test: .venv/done
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test_most test_rest
 

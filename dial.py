@@ -70,16 +70,16 @@ def settle(c, shape: GPTConfig, tokens: int) -> None:
     13,800 plain, 34,800 with all three, the formula still in one piece; on older ones, in float32, all of
     train.py ran at 7,700 plain and at 8,500 compiled.
     """
-    on_cuda, bfloat16 = c.device.startswith("cuda"), c.device == "cpu" and has_bfloat16()
+    on_cuda, on_cpu = c.device.startswith("cuda"), c.device == "cpu"
     long = tokens * flops_per_token(shape, shape.context) > 7e12  # two cores take about a minute
     if c.compile == "auto":
-        c.compile = "on" if (on_cuda or c.device == "cpu" and long) and can_compile(c.device) else "off"
+        c.compile = "on" if (on_cuda or on_cpu and long) and can_compile(c.device) else "off"
     if c.precision == "auto":
         pays = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else (
-            bfloat16 and c.compile == "on")
+            on_cpu and c.compile == "on" and has_bfloat16())
         c.precision = "bfloat16" if pays else "float32"
     if c.attention == "auto":
-        c.attention = "blocks" if c.device == "cpu" and c.compile == "on" and shape.context <= 512 else "sdpa"
+        c.attention = "blocks" if on_cpu and c.compile == "on" and shape.context <= 512 else "sdpa"
     for field in ("compile", "precision", "attention"):
         print(f"{field:>14} = {getattr(c, field)}")
 

@@ -88,22 +88,20 @@ def fit(model: GPT, rows: Rows, c: Config, look=None, save=None, state: dict | N
     if state:
         optimizer.load_state_dict(state["optimizer"])
     loss_of = compiled(learned_loss, c)
-    per_epoch = -(-len(rows.x) // c.batch_size)
-    steps, learned = c.epochs * per_epoch, (rows.y != IGNORE).sum(dim=1)  # (N,)
-
-    def picked(step: int) -> np.ndarray:
-        epoch, place = divmod(step, per_epoch)
+    learned, batches = (rows.y != IGNORE).sum(dim=1), []  # (N,); which rows each step learns from
+    for epoch in range(c.epochs):
         order = np.random.default_rng([c.seed, epoch]).permutation(len(rows.x))
-        return np.resize(order[place * c.batch_size:(place + 1) * c.batch_size], c.batch_size)
-    most = max(1, *(int(learned[picked(step)].sum()) for step in range(steps)))
+        batches += [np.resize(order[i:i + c.batch_size], c.batch_size)
+                    for i in range(0, len(order), c.batch_size)]
+    steps, most = len(batches), max([1, *(int(learned[picked].sum()) for picked in batches)])
     warmup, every = max(1, min(100, steps // 10)), -(-steps // 10)
     clock = chain.Clock(steps, c.batch_size * rows.x.shape[1], 0, show=True)
     for step in range(len(history), steps):
         rate = cosine_lr(step, steps, c.learning_rate, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        now = picked(step)
-        x, y, segments = (part[now].to(c.device) for part in (rows.x, rows.y, rows.segments))  # (B, T)
+        picked = batches[step]
+        x, y, segments = (part[picked].to(c.device) for part in (rows.x, rows.y, rows.segments))  # (B, T)
         n = (y != IGNORE).sum().clamp(min=1)  # subtle: the mean over nothing is nan
         loss = loss_of(model, x, y, segments, c.precision == "bfloat16", most) / n
         loss.backward()

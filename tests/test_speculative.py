@@ -82,8 +82,9 @@ def test_the_first_two_tokens_have_the_models_joint_law():
     assert chi2 < 37.7, f"chi-square {chi2:.1f} with 15 degrees of freedom: p < 0.001"
 
 
-@pytest.mark.parametrize("draft,filters", [("model", {}), ("ngram", {}), ("compiled", {"top_p": 0.8}),
-                                           ("model", {"temperature": 0.7, "top_k": 3})])
+@pytest.mark.parametrize("draft,filters", [("model", {}), ("ngram", {}), ("model", {"top_p": 0.8}),
+                                           ("model", {"temperature": 0.7, "top_k": 3}),
+                                           ("compiled", {"top_p": 0.8})])
 def test_what_is_written_has_the_models_law(draft, filters, not_compiled):
     """End to end, caches and all: three tokens, 64 texts, each as often as the model alone writes it."""
     model, other, n = make(0), make(5, depth=1), 500

@@ -64,7 +64,7 @@ class Config:
     checkpoint: str | None = chain.option(None, "checkpoint to start from (default: <out>/sft.pt)")
     loss: str = chain.option("dpo", "what to minimise", choices=("dpo", "ipo", "cdpo"))
     beta: float = chain.option(3.0, "how strongly the reference holds the model")
-    pairs: int = chain.option(2400, "how many of the small world")
+    pairs: int = chain.option(2600, "how many of the small world")
     epochs: int = chain.option(1, "how often each pair is learned from")
     batch_size: int = chain.option(8, "pairs a step")
     nll: float = chain.option(15.0, "weight of SFT's loss on the chosen answers, added; 0 for none")

@@ -35,9 +35,9 @@ FAULTS = 0.51  # of the training answers to what the text does not say, and of t
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
 MIX = {"answer": 18, "unknown": 11, "system": 27, "sentiment": 7, "calculator": 8, "search": 9, "lookups": 8,
-       "memory": 3, "mail": 3, "order": 2, "small": 1, "story": 3}
+       "memory": 3, "mail": 3, "order": 2, "small": 2, "story": 2}
 # How often each task comes in 100 pairs. Most only keep what SFT has taught.
-PREFERENCES = {"unknown": 22, "answer": 22, "system": 19, "sentiment": 5, "memory": 5, "small": 6,
+PREFERENCES = {"unknown": 22, "answer": 22, "system": 18, "sentiment": 5, "memory": 4, "small": 8,
                "search": 10, "lookups": 3, "story": 8}
 STYLES = ("word", "sentence", "capitals", "list", "start")
 ONE_WORD = ("day", "month", "colour", "river", "year")  # facts that a word can tell
@@ -163,10 +163,13 @@ def memory(page: Page) -> list[dict]:
 
 
 def small(page: Page) -> list[dict]:
-    """A greeting, a thank-you, a goodbye, perhaps after a talk. What people like less is flattery."""
-    said, right = page.say("small").split(" => ")
-    page.worse = f"{page.pick(flattery())} {right}"
-    return idle_tools(page) + told(page, page.pick((0, 1, 2)))[0] + exchange(said, page.fault(right))
+    """Greetings, thank-yous, goodbyes, perhaps after a talk. What people like less is flattery."""
+    messages = idle_tools(page) + told(page, page.pick((0, 1, 2)))[0]
+    for _ in range(page.turns):
+        said, right = page.say("small").split(" => ")
+        page.worse = f"{page.pick(flattery())} {right}"
+        messages += exchange(said, page.fault(right))
+    return messages
 
 
 def story(page: Page) -> list[dict]:

@@ -34,8 +34,8 @@ from errands import calculator, lookups, mail, order, search, with_tools
 FAULTS = 0.51  # of the training answers to what the text does not say, and of those to small talk
 LONGEST = 570  # signs of a conversation: 256 tokens hold it
 # How often each task comes in 100 conversations for training.
-MIX = {"answer": 18, "unknown": 11, "system": 27, "sentiment": 7, "calculator": 8, "search": 9, "lookups": 8,
-       "memory": 3, "mail": 3, "order": 2, "small": 2, "story": 2}
+MIX = {"answer": 18, "unknown": 11, "system": 26, "sentiment": 7, "calculator": 8, "search": 9, "lookups": 8,
+       "memory": 3, "mail": 3, "order": 2, "small": 2, "story": 3}
 # How often each task comes in 100 pairs. Most only keep what SFT has taught.
 PREFERENCES = {"unknown": 22, "answer": 22, "system": 18, "sentiment": 5, "memory": 4, "small": 8,
                "search": 10, "lookups": 3, "story": 8}

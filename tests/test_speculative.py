@@ -45,15 +45,16 @@ def chi_square(counts: torch.Tensor, law: torch.Tensor) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-def test_one_round_has_the_law_of_the_model_by_enumeration():
+@pytest.mark.parametrize("q", [Q[0], torch.eye(4)[1].double()], ids=["a model's law", "certain, as look-up"])
+def test_one_round_has_the_law_of_the_model_by_enumeration(q):
     """The first token's law: sum over guesses of q · (accepted: the guess; rejected: the rest's law) is p."""
-    accepted = torch.minimum(P[0], Q[0])
-    rest = (P[0] - Q[0]).clamp(min=0)
+    accepted = torch.minimum(P[0], q)
+    rest = (P[0] - q).clamp(min=0)
     law = accepted + (1 - accepted.sum()) * rest / rest.sum()
     assert (law - P[0]).abs().max() < 1e-12
     draws, n, counts = torch.Generator().manual_seed(0), 8_000, torch.zeros(4)
-    for guess in torch.multinomial(Q[0], n, replacement=True, generator=draws):
-        k, token = accept(P[:2], Q[:1], guess[None], draws)
+    for guess in torch.multinomial(q, n, replacement=True, generator=draws):
+        k, token = accept(P[:2], q[None], guess[None], draws)
         counts[guess if k else token] += 1
     assert chi_square(counts, P[0]) < 16.3, f"{counts / n} is not {P[0]}: 3 degrees of freedom, p < 0.001"
 

@@ -77,9 +77,10 @@ def preference_of(line: dict) -> tuple[list[dict], str, str]:
     for side in ("chosen", "rejected"):
         said = line[side]
         if isinstance(said, list):  # some files give the answer as messages; its last one counts
-            said = check_messages(said)[-1]["content"]
+            last = check_messages(said)[-1]
+            said = last["content"] if last["role"] == "assistant" else None
         if not isinstance(said, str) or not said:
-            raise ValueError(f'"{side}" is empty or no text')
+            raise ValueError(f'"{side}" is empty, or not what an assistant says')
         answers.append(said)
     if answers[0] == answers[1]:
         raise ValueError('"chosen" and "rejected" are equal')

@@ -202,7 +202,7 @@ def measure(model: GPT, start: GPT, pairs: list[list[tuple]], reference: Tensor,
 def main(argv=None) -> dict:
     """Train an assistant on preferences, and hold its exam before and after."""
     c, started = chain.parse(Config, argv, __doc__), time.time()
-    for field in ("pairs", "epochs", "batch_size", "beta"):
+    for field in ("pairs", "epochs", "batch_size", "beta", "learning_rate"):
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
     chain.require(min(c.nll, c.questions) >= 0, f"--nll {c.nll} --questions {c.questions}: give 0 or more")
     chain.require(0 <= c.keep <= 1, f"--keep {c.keep}: give a number from 0 to 1")

@@ -10,6 +10,8 @@ one wins: it is i with probability q_i. So n guesses can be one compiled program
 Left out: trees of guesses, heads on the model itself (Medusa, EAGLE). Papers: Leviathan 2023, Saxena 2023.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,6 +105,8 @@ def read_draft(name: str, model: GPT, content: dict) -> GPT | str:
     """
     if name == "ngram":
         return name
+    chain.require(Path(name).is_file(), f"--draft {name}: no such checkpoint; make the chain's with "
+                  "`make out/draft.pt`, or look up with --draft ngram")
     draft, tokenizer, _ = load_model(name, model.device)
     chain.require(tokenizer.to_dict() == content.get("tokenizer"), f"--draft {name}: it has another "
                   "tokenizer than the model, its tokens mean other words; train one with the same --out")

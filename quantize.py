@@ -158,7 +158,7 @@ def main(argv=None) -> dict:
         marks, added = list(found["marks"].values()), found["loss"] - first["loss"]
         worst = max((first["marks"][mark] - share for mark, share in found["marks"].items()), default=0.0)
         mean = f"{sum(marks) / len(marks):7.1%}" if marks else f"{'':>7}"
-        print(f"{name:<9} {size:>12,} {found['loss']:>8.4f} {mean} {-worst:>7.1%} "
+        print(f"{name:<9} {size:>12,} {found['loss']:>8.4f} {mean} {0 - worst:>7.1%} "
               f"{found['tokens_per_second']:>9,.0f}")
         if found is not first:
             metrics |= {f"{name}_loss_added": added, f"{name}_worst_task_fall": worst,

@@ -135,6 +135,8 @@ def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts
         rows = [[*row, token] for row, token in zip(rows, new[:, 0].tolist())]  # waits for a GPU
         times.append(time.perf_counter())
         law.append(logits[0])
+        if len(law) == 1:
+            at_once = way.rounds.tokens if way.rounds else 1  # a draft's first round may bring several
         if end not in rows[0] and len(rows[0]) <= context - len(prompts[0]) + 1:
             said = decoder.decode(tokenizer.vocab[rows[0][-1]])
             print(said.removeprefix(space if len(law) == 1 else ""), end="", flush=True)
@@ -149,7 +151,7 @@ def complete(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, prompts
         print_probabilities(tokenizer, until(rows[0], end), law)
     if any(end not in row for row in rows):
         print(f"(stopped after {len(law)} tokens: --tokens is {config.tokens}, the context holds {context})")
-    return texts[0], speed(model, config, prompts, times)
+    return texts[0], speed(model, config, prompts, times[:1] + times[min(at_once, len(law)):])
 
 
 def chat(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, system: list[dict[str, str]]) -> None:
@@ -185,7 +187,7 @@ def chat(model: GPT, tokenizer: Tokenizer, config: Config, way: Way, system: lis
 
 
 def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[float]) -> dict:
-    """Return what the completions cost. `times` (seconds) are the start and the arrival of each token."""
+    """Return what the completions cost. `times` (seconds): the start, the first tokens, each one after."""
     n, first, rest = len(prompts), times[1] - times[0], (times[-1] - times[1]) / max(1, len(times) - 2)
     metrics = {"time_to_first_token_ms": 1000 * first,
                "prompt_tokens_per_second": sum(map(len, prompts)) / first,
@@ -199,9 +201,9 @@ def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[floa
 
 def speculation(model: GPT, config: Config, rounds: Rounds, prompts: list, ms_per_token: float) -> dict:
     """Return what guessing brought, beside plain decoding of as many tokens from the same prompt."""
-    n, plain = len(rounds.accepted), replace(config, tokens=rounds.tokens)
-    times = bench.arrivals(write(model, plain, Way(), prompts), model.device)
-    return {"accepted": rounds.alpha, "tokens_a_round": sum(rounds.accepted) / max(1, n) + 1,
+    times = bench.arrivals(write(model, replace(config, tokens=rounds.tokens), Way(), prompts), model.device)
+    return {"accepted": rounds.alpha, "tokens_a_pass": rounds.tokens / rounds.passes,
+            "tokens_a_round": sum(rounds.accepted) / max(1, len(rounds.accepted)) + 1,  # of the full ones
             "tokens_a_round_by_formula": tokens_a_round(rounds.alpha, rounds.n),
             "speed_up": 1000 * (times[-1] - times[0]) / max(1, len(times) - 1) / ms_per_token}
 
@@ -224,7 +226,8 @@ def check(config: Config) -> None:
     chain.require(0 < config.top_p <= 1 and config.top_k >= 0,
                   f"--top_p {config.top_p} --top_k {config.top_k}: 0 < top_p ≤ 1 and top_k ≥ 0")
     chain.require(config.repetition_penalty > 0, f"--repetition_penalty {config.repetition_penalty}: use > 0")
-    chain.require(not (config.chat and config.prompt), "--chat reads what you type; leave out --prompt")
+    chain.require(not (config.chat and (config.prompt or config.prompts)),
+                  "--chat reads what you type; leave out --prompt and --prompts")
     chain.require(not (config.int8 and config.int4), "--int8 and --int4: choose one")
     chain.require(config.n_draft is None or config.n_draft >= 1, f"--n_draft {config.n_draft}: start at 1")
     alone = config.n == 1 and not config.prompts and config.repetition_penalty == 1

@@ -21,6 +21,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -151,8 +152,8 @@ def mean_loss(model: GPT, rows: Rows, device: str) -> float:
 
 def print_learned(tokenizer: Tokenizer, messages: list[dict]) -> None:
     """Print a conversation; what is learned of it is green."""
-    for i, is_learned in zip(*tokenizer.encode_chat(messages)):
-        print(f"\x1b[{32 if is_learned else 0}m{tokenizer.decode([i])}", end="")
+    for is_learned, part in groupby(zip(*tokenizer.encode_chat(messages)), key=lambda pair: pair[1]):
+        print(f"\x1b[{32 if is_learned else 0}m{tokenizer.decode([i for i, _ in part])}", end="")
     print("\x1b[0m")
 
 
@@ -161,7 +162,7 @@ def prepare(c: Config, state: dict | None) -> tuple:
 
     With --show print a conversation, and stop.
     """
-    for field in ("conversations", "epochs", "batch_size"):
+    for field in ("conversations", "epochs", "batch_size", "learning_rate"):
         chain.require(getattr(c, field) > 0, f"--{field} {getattr(c, field)}: it must be above 0")
     chain.require(min(c.lora, c.questions) >= 0, f"--lora {c.lora} --questions {c.questions}: give 0 or more")
     model, tokenizer, _ = load_float(c.checkpoint or Path(c.out, "base.pt"), c.device)

@@ -193,6 +193,7 @@ def compare(model: GPT, draft: GPT | str, step, prompts: list, temperature: floa
     found = {"accepted": rounds.alpha, "tokens_a_round": float(brought.mean()),
              "error": float((brought - brought.mean()).square().mean().sqrt() / len(brought) ** 0.5),
              "formula": tokens_a_round(rounds.alpha, n), "same": same / len(prompts),
+             "tokens_a_pass": rounds.tokens / rounds.passes,  # rounds with fewer guesses, or none, count too
              "speed_up": spent["plain"] / spent["guessing"]}
     if step:
         found["speed_up_compiled"] = spent["plain compiled"] / spent["guessing compiled"]
@@ -214,8 +215,9 @@ def main(argv=None) -> dict:
     compiles = model.device.type == "cpu" and not has_experts(model, trained) and can_compile("cpu")
     step = compile_step(model.device) if compiles else None
     metrics, start = {}, tokenizer.special["<|endoftext|>"]
-    print("the speed-up beside plain decoding: as they are, both compiled, only the guessing compiled\n"
-          "draft  text   temperature accepted  tokens a round  by formula  as they are  both  only  same")
+    print("tokens in a round of all guesses, by the formula, in a pass; beside plain decoding the speed-up\n"
+          "as they are, both compiled, only the guessing compiled\n"
+          "draft  text   temperature accepted  full round  formula  a pass  as they are  both  only  same")
     for text, kind in (("all", None), ("lists", "lists")):
         documents = [world.document("held-out", c.seed, i, kind) for i in range(c.prompts)]
         ids = [[start, *tokenizer.encode(document)] for document in documents]
@@ -226,10 +228,11 @@ def main(argv=None) -> dict:
                 ups = (f"{found[key]:.2f}" if key in found else "-" for key in SPEED_UPS)
                 same = f"{found['same']:.0%}" if temperature == 0 else ""
                 print(f"{name:<6} {text:<6} {temperature:>11} {found['accepted']:>9.1%} "
-                      f"{found['tokens_a_round']:>8.2f} ± {found['error']:.2f} {found['formula']:>11.2f}  "
+                      f"{found['tokens_a_round']:>4.2f} ± {found['error']:.2f} {found['formula']:>8.2f} "
+                      f"{found['tokens_a_pass']:>7.2f}  "
                       f"{'{:>11} {:>5} {:>5}'.format(*ups)} {same:>5}", flush=True)
                 metrics |= {f"{name}_{text}_{'greedy' if temperature == 0 else 'drawn'}_{key}": found[key]
-                            for key in ("accepted", *SPEED_UPS) if key in found}
+                            for key in ("accepted", "tokens_a_pass", *SPEED_UPS) if key in found}
     chain.report("speculative.py", c, metrics, time.time() - started)
     return metrics
 

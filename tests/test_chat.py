@@ -214,4 +214,5 @@ def test_what_does_not_work(save, fails):
         assert "base.pt" in line and "python sft.py" in line and flags[0] in line, line
     save(b"Hi")
     assert "65 tokens" in fails(sample.main, argv(base.parent, "--prompt", "a" * 60)), "60 and the frame of 5"
-    assert "--prompt" in fails(sample.main, argv(base.parent, "--chat", "--prompt", "Hi"))
+    for flag in ("--prompt", "--prompts"):
+        assert flag in fails(sample.main, argv(base.parent, "--chat", flag, "Hi"))

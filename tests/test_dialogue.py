@@ -219,7 +219,8 @@ def test_a_bad_line_of_conversations_is_named(tmp_path, line, says):
     ({"chosen": None}, "'chosen'"), ({"rejected": None}, "'rejected'"), ({"prompt": None}, "'messages'"),
     ({"chosen": "b"}, "equal"), ({"chosen": ""}, '"chosen" is empty'), ({"rejected": 3}, '"rejected"'),
     ({"chosen": []}, "empty convers"), ({"prompt": []}, "empty convers"), ({"prompt": 3}, "empty convers"),
-    ({"prompt": [{"role": "robot", "content": "a"}]}, "role 'robot'"), ({"chosen": [{}]}, "content")])
+    ({"prompt": [{"role": "robot", "content": "a"}]}, "role 'robot'"), ({"chosen": [{}]}, "content"),
+    ({"chosen": [{"role": "user", "content": "a"}]}, "not what an assistant says")])
 def test_a_bad_line_of_preferences_is_named(tmp_path, change, says):
     line = {key: value for key, value in (json.loads(PAIR) | change).items() if value is not None}
     with pytest.raises(chain.UserError, match="my.jsonl, line 2: .*FORM") as error:

@@ -161,7 +161,10 @@ def test_the_mask_is_on_the_answer_and_what_is_cut_is_the_beginning():
     (ids, mask), _ = encode()[2]
     assert TOKENIZER.decode([i for i, one in zip(ids, mask) if one]) == " d<|end|>", "more than the answer"
     pair = (said(("user", "u" * 40)), "no", "yes")
-    for (ids, mask), answer in zip(dpo.encode_pair(TOKENIZER, pair, 16)[0], pair[1:]):
+    sides, _ = dpo.encode_pair(TOKENIZER, pair, 16)
+    prompts = [[i for i, one in zip(*side) if not one] for side in sides]
+    assert prompts[0] == prompts[1], "each side was cut for itself: the two answers have different prompts"
+    for (ids, mask), answer in zip(sides, pair[1:]):
         text, n = TOKENIZER.decode(ids), len(answer) + 2
         assert text.startswith("<|endoftext|>uu") and len(ids) <= 16, f"not the oldest tokens are cut: {text}"
         assert text.endswith(f"uu<|end|><|assistant|> {answer}<|end|>"), f"the answer is cut: {text}"
@@ -264,7 +267,7 @@ def test_a_loss_that_is_no_number_writes_nothing(chat, tmp_path, monkeypatch, fa
 @pytest.mark.parametrize("flags,says", [
     (["--beta", "0"], "--beta 0"), (["--beta", "nan"], "--beta nan"), (["--pairs", "0"], "--pairs 0"),
     (["--epochs", "0"], "--epochs 0"), (["--questions", "-1"], "--questions -1"),
-    (["--batch_size", "-1"], "batch_size -1"),
+    (["--batch_size", "-1"], "batch_size -1"), (["--learning_rate", "0"], "--learning_rate 0"),
     (["--keep", "1.5"], "--keep 1.5"), (["--keep", "nan"], "--keep nan"), (["--loss", "ppo"], "ppo"),
     (["--checkpoint", "none.pt"], "python sft.py"), (["--data", "none.jsonl"], "none.jsonl")])
 def test_bad_flags(chat, fails, flags, says):

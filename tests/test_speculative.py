@@ -258,11 +258,14 @@ def checkpoints(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_door_reports_what_it_brought(checkpoints, capsys):
+def test_the_door_reports_what_it_brought(checkpoints, capsys, monkeypatch):
+    arrived, speed = [], sample.speed
+    monkeypatch.setattr(sample, "speed", lambda *given: arrived.append(len(given[-1])) or speed(*given))
     argv = ["--out", str(checkpoints), "--device", "cpu", "--prompt", "ab", "--tokens", "12"]
     its_own = ["--draft", str(checkpoints / "base.pt"), "--n_draft", "4", "--temperature", "0"]
     metrics = sample.main([*argv, *its_own])
     assert metrics["accepted"] == 1 and metrics["tokens_a_round"] == 5 == metrics["tokens_a_round_by_formula"]
+    assert arrived == [9], "start, 5 first tokens at once, 7 more: the first round's tokens count as free"
     text = capsys.readouterr().out.split("\n\n")[1].split("\n")[0]
     sample.main([*argv, "--temperature", "0"])
     assert capsys.readouterr().out.split("\n\n")[1].split("\n")[0] == text, "a draft changed the greedy text"
@@ -274,7 +277,8 @@ def test_the_door_reports_what_it_brought(checkpoints, capsys):
 @pytest.mark.parametrize("flags,says", [
     (["--draft", "short.pt"], "16 tokens is shorter than the model's 32"),
     (["--draft", "foreign.pt"], "tokenizer"),
-    (["--draft", "nowhere.pt"], "nowhere.pt"), (["--draft", "ngram", "--n_draft", "0"], "--n_draft 0"),
+    (["--draft", "nowhere.pt"], "nowhere.pt: no such checkpoint; make the chain's with `make out/draft.pt`"),
+    (["--draft", "ngram", "--n_draft", "0"], "--n_draft 0"),
     (["--draft", "ngram", "--n", "2"], "one text at a time"),
     (["--draft", "ngram", "--bench", "--compile"], "leave out --compile or --draft"),
     (["--draft", "ngram", "--repetition_penalty", "1.1"], "--repetition_penalty")])
@@ -287,6 +291,6 @@ def test_the_measurement_runs(checkpoints, capsys, monkeypatch, not_compiled):
     monkeypatch.setattr(speculative, "compile_step", lambda device: decode.next_logits)
     argv = ["--out", str(checkpoints), "--device", "cpu", "--prompts", "2", "--tokens", "12"]
     metrics = speculative.main(argv)
-    assert set(metrics) >= {"draft_all_greedy_speed_up", "ngram_lists_drawn_accepted"}
+    assert set(metrics) >= {"draft_all_greedy_speed_up", "ngram_lists_drawn_tokens_a_pass"}
     table = capsys.readouterr().out.split("---")[0]
     assert table.count("100%\n") >= 4, "greedy, all texts are the same"

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import ATTENTION
+from attention import ATTENTION, cached_attention
 
 
 @dataclass
@@ -163,7 +163,7 @@ class Attention(nn.Module):
         if self.G != self.H:  # subtle: heads 0 and 1 share k and v number 0, so repeat_interleave, not repeat
             k, v = (t.repeat_interleave(self.H // self.G, dim=1) for t in (k, v))  # (B, H, S, D)
         if cache is not None and cache.mask is not None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)  # (B, H, T, D)
+            y = cached_attention(q, k, v, cache.mask)  # (B, H, T, D)
         else:
             y = self.attend(q, k, v, segments=segments)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, self.H * self.D))  # (B, T, C)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import attention
-from attention import ATTENTION, blocks_attention, flash_attention, naive_attention, visible
+from attention import (ATTENTION, blocks_attention, cached_attention, flash_attention, naive_attention,
+                       visible)
 
 
 def qkv(T, S, D=8, grad=False):
@@ -33,6 +34,17 @@ def test_attention_is_the_formula(name, causal, T, S):
     q, k, v = qkv(T, S)
     difference = (ATTENTION[name](q, k, v, causal) - by_hand(q, k, v, causal)).abs().max()
     assert difference < 1e-12, f"{name}: off by {difference:.1e} for {T} queries at the end of {S} keys"
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_cache_is_read_up_to_each_rows_length(T):
+    """Two rows, of 4 and 7 tokens with the new ones: what lies behind is hidden, compiled or not."""
+    (q, k, v), lengths = qkv(T, 9), torch.tensor([4, 7])
+    mask = torch.arange(9) <= (lengths[:, None] - T + torch.arange(T))[:, None, :, None]  # (B, 1, T, S)
+    alone = [by_hand(q[b:b + 1], k[b:b + 1, :, :n], v[b:b + 1, :, :n], True) for b, n in enumerate(lengths)]
+    for way in (cached_attention, torch.compile(cached_attention, backend="eager", fullgraph=True)):
+        difference = (way(q, k, v, mask) - torch.cat(alone)).abs().max()
+        assert difference < 1e-12, f"off by {difference:.1e}: a row sees more or less than its own tokens"
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dial import require_compiler
 from model import GPT, KVCache, count_parameters, positions
 
 
@@ -138,15 +139,21 @@ def next_logits(model: GPT, new: Tensor, cache: KVCache | RowCache) -> Tensor:
 
 @functools.cache
 def program(function):
-    """Return `function` as one compiled program, for a CPU: nothing in it waits for Python."""
+    """Return `function` as one compiled program, for a CPU: nothing in it waits for Python.
+
+    Raises UserError where there is no C++ compiler.
+    """
+    require_compiler("cpu")
     return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
 
 
 def compile_step(device: torch.device):
     """Return `next_logits` as one compiled program without Python between; on CUDA as a recorded graph."""
-    step = program(next_logits)
     if device.type == "cuda":
+        require_compiler("cuda")
         step = torch.compile(next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    else:
+        step = program(next_logits)
     return lambda *given: step(*given).clone()  # subtle: a graph writes all steps' logits to the same place
 
 

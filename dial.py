@@ -10,6 +10,7 @@ Left out: a search. Papers: Hoffmann 2022 (Chinchilla), Yang 2022 (muP), Zhang 2
 """
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def settle(c, shape: GPTConfig, tokens: int) -> None:
     """
     on_cuda, on_cpu = c.device.startswith("cuda"), c.device == "cpu"
     long = tokens * flops_per_token(shape, shape.context) > 7e12  # two cores take about a minute
+    if c.compile == "on":
+        require_compiler(c.device)
     if c.compile == "auto":
         c.compile = "on" if (on_cuda or on_cpu and long) and can_compile(c.device) else "off"
     if c.precision == "auto":
@@ -99,6 +102,7 @@ def compiled(loss, c, passes: int = 1):
     return torch.compile(loss, mode="reduce-overhead" if graph else "default")
 
 
+@functools.cache
 def can_compile(device: str) -> bool:
     """Return whether torch.compile works here: on a CPU it needs a C++ compiler, on CUDA Triton."""
     try:
@@ -106,6 +110,12 @@ def can_compile(device: str) -> bool:
         return True
     except Exception:  # whatever the reason, the plain path does the same
         return False
+
+
+def require_compiler(device: str) -> None:
+    """Raise UserError where torch.compile does not work."""
+    chain.require(can_compile(device), f"--compile: torch.compile does not work on {device} here (a CPU "
+                  "needs a C++ compiler, CUDA needs Triton); leave out --compile")
 
 
 def has_bfloat16() -> bool:

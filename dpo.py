@@ -20,12 +20,12 @@ What the small world's people like: "I don't know" more than an answer that the 
 gives one, a sentence more than "I don't know" or the bare value; plain words more than flattery; a story that
 goes on more than one that goes round; each other right step more than a wrong one (tasks.py).
 Percent of held-out questions (right answers and nine other tasks: points gained or lost), mean and standard
-deviation over three seeds of pairs and questions, all from one out/sft.pt. With a large β the model
-stays near what it was, and no other task loses more than 1.5 points; with the smaller one, up to 3.5:
+deviation over three seeds of pairs and questions, all from one out/sft.pt. With the larger β the model stays
+nearer to what it was; the rest is equal within the noise. The worst single tasks lost 4 and 2.5 points:
 
     β      made up, before   after       right answers   nine other tasks   flattery after   KL
-    0.3    55 ± 5            3.0 ± 0.5   -1.7 ± 2.0      -0.5 ± 0.2         0.7 ± 0.3        0.049 ± 0.004
-    3      55 ± 5            3.2 ± 0.3   -1.2 ± 1.4      +0.1 ± 0.2         2.3 ± 1.3        0.029 ± 0.005
+    3      58 ± 2            3.8 ± 0.8   -1.0 ± 0.5      -0.4 ± 0.3         3.7 ± 1.2        0.029 ± 0.002
+    0.3    58 ± 2            3.8 ± 0.8   -1.0 ± 0.5      -0.3 ± 0.2         0.8 ± 1.0        0.053 ± 0.001
 
 Left out: resuming, as it takes minutes; reward models and PPO. Papers: Rafailov 2023 (DPO, equation 7), Azar
 2023 (IPO), Mitchell 2023 (conservative DPO), Pang 2024 (the term beside it), Wortsman 2021 (the way back).

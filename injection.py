@@ -20,8 +20,8 @@ Defences, one at a time and all together:
 
     python injection.py      attack, defend, count (1 minute); the table is in docs/injection.md
 
-Orders are obeyed in 73 % of the runs that read them, with all defences in none. Without attack 38 of 40 tasks
-are done, with the defences all.
+Orders are obeyed in 59 % of the runs that read them, with all defences in none. Without attack 38 of 40 tasks
+are done, with the defences 36.
 
 None is proof alone: format and training act on what the model does, which fails now and then; the two others
 on what it may do, whatever it wants, and leave gaps (see the table). Left out: documents that lie; a second

@@ -6,7 +6,7 @@
     check    what an answer names must stand in its chunk; if no answer passes, it is "I don't know."
     quote    the chunk of the answer is its source
 
-    python rag.py                            questions to the library (2 minutes, exact 94 %)
+    python rag.py                            questions to the library (2 minutes, exact 92 %)
     python rag.py --ask "Who is the mayor of Sugar Isle?"
     python rag.py --docs FOLDER              your own .txt and .md files; without --ask a conversation
 

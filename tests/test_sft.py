@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import chain
+import decode
+import dial
+import sample
 import sft
 from bpe import SPECIAL_TOKENS, Tokenizer
 from dialogue import IGNORE, Rows, make_rows
@@ -256,6 +259,13 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(base, tmp_path, monke
 def test_bad_flags(base, fails, flags, says):
     line = fails(sft.main, base + flags)
     assert says in line, line
+
+
+def test_no_compiler(base, fails, monkeypatch):
+    monkeypatch.setattr(dial, "can_compile", lambda device: False)
+    decode.program.cache_clear()
+    assert "C++ compiler" in fails(sft.main, [*base, "--compile", "on"])
+    assert "C++ compiler" in fails(sample.main, [*base[2:6], "--compile"])
 
 
 def test_bad_text(base, tmp_path, fails):

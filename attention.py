@@ -14,6 +14,7 @@ P ∘ (dP - rowsum(dO ∘ O)).
     flash    for reading: forward and backward by hand, memory grows with T (slow: Python walks the tiles)
     sdpa     for use: `torch.nn.functional.scaled_dot_product_attention`
 
+`cached_attention` reads a cache of which a mask hides a part, as decode.py needs it.
 Left out: dropout on the scores, tiles over queries (they matter to the chip's memory, not to the idea).
 Papers: Vaswani 2017 (attention), Milakov 2018 (the running softmax), Dao 2022, 2023 (Flash attention 1, 2).
 """

@@ -118,7 +118,7 @@ def measure(model: GPT, draft: GPT | str | None, dollars_per_hour: float, compil
             if compiled:
                 metrics[f"{name}_compile_seconds"] = warm_up[-1]
             times = arrivals(stream(ids[:batch]), device)
-            passes = rounds.passes / rounds.tokens if name == "speculative" else 1  # a token
+            passes = 1 / rounds.tokens_a_pass if name == "speculative" else 1  # a token
             found = row(times, batch, bytes_a_step(each, batch, T + TOKENS / 2) * passes, dollars_per_hour)
             if (batch, name) == (BATCHES[0], "plain"):
                 print("\nbatch  way          " + "  ".join(f"{key:>9}" for key in found))

@@ -202,7 +202,7 @@ def speed(model: GPT, config: Config, prompts: list[list[int]], times: list[floa
 def speculation(model: GPT, config: Config, rounds: Rounds, prompts: list, ms_per_token: float) -> dict:
     """Return what guessing brought, beside plain decoding of as many tokens from the same prompt."""
     times = bench.arrivals(write(model, replace(config, tokens=rounds.tokens), Way(), prompts), model.device)
-    return {"accepted": rounds.alpha, "tokens_a_pass": rounds.tokens / rounds.passes,
+    return {"accepted": rounds.alpha, "tokens_a_pass": rounds.tokens_a_pass,
             "tokens_a_round": sum(rounds.accepted) / max(1, len(rounds.accepted)) + 1,  # of the full ones
             "tokens_a_round_by_formula": tokens_a_round(rounds.alpha, rounds.n),
             "speed_up": 1000 * (times[-1] - times[0]) / max(1, len(times) - 1) / ms_per_token}

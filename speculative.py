@@ -109,6 +109,11 @@ class Rounds:
         checked = sum(min(k + 1, self.n) for k in self.accepted)
         return sum(self.accepted) / max(1, checked)
 
+    @property
+    def tokens_a_pass(self) -> float:
+        """What a pass of the model brought; rounds with fewer guesses, or none, count too."""
+        return self.tokens / self.passes
+
 
 def all_logits(model: GPT, new: Tensor, cache) -> Tensor:
     """Read new (1, T) and return the logits (T, V) of what follows each of its tokens."""
@@ -193,7 +198,7 @@ def compare(model: GPT, draft: GPT | str, step, prompts: list, temperature: floa
     found = {"accepted": rounds.alpha, "tokens_a_round": float(brought.mean()),
              "error": float((brought - brought.mean()).square().mean().sqrt() / len(brought) ** 0.5),
              "formula": tokens_a_round(rounds.alpha, n), "same": same / len(prompts),
-             "tokens_a_pass": rounds.tokens / rounds.passes,  # rounds with fewer guesses, or none, count too
+             "tokens_a_pass": rounds.tokens_a_pass,
              "speed_up": spent["plain"] / spent["guessing"]}
     if step:
         found["speed_up_compiled"] = spent["plain compiled"] / spent["guessing compiled"]

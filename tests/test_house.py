@@ -20,7 +20,7 @@ FILES = SCRIPTS + sorted(HERE.glob("tests/*.py"))
 MAY_IMPORT = {
     "chain": set(), "world": set(), "attention": set(), "model": {"attention"}, "dial": {"chain", "model"},
     "data": {"chain", "world"}, "bpe": {"chain", "data"}, "packed": set(),
-    "experts": {"model"}, "checkpoint": {"chain", "bpe", "experts", "model", "packed"}, 
+    "experts": {"model"}, "checkpoint": {"chain", "bpe", "experts", "model", "packed"},
     "decode": {"dial", "model"},
     "drafts": {"chain", "checkpoint", "decode", "model"},
     "speculative": {"chain", "world", "checkpoint", "decode", "dial", "drafts", "model"},

@@ -234,7 +234,8 @@ def test_show_shows_and_makes_nothing(base, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sft.main([*base, "--show"])
     out, green, plain = capsys.readouterr().out, "\x1b[32m", "\x1b[0m"
-    assert stop.value.code == 0 and out.endswith(f"<|assistant|>{green} ab<|end|>{plain}\n"), repr(out)
+    read = f"{plain}<|endoftext|><|user|> What is 0?<|end|><|assistant|>"
+    assert stop.value.code == 0 and out.endswith(f"{read}{green} ab<|end|>{plain}\n"), repr(out)
     assert out.count(green) == 1, "more is green than the answer and its end"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["base.pt"], "--show made a file"
 

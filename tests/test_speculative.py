@@ -291,6 +291,7 @@ def test_the_measurement_runs(checkpoints, capsys, monkeypatch, not_compiled):
     monkeypatch.setattr(speculative, "compile_step", lambda device: decode.next_logits)
     argv = ["--out", str(checkpoints), "--device", "cpu", "--prompts", "2", "--tokens", "12"]
     metrics = speculative.main(argv)
-    assert set(metrics) >= {"draft_all_greedy_speed_up", "ngram_lists_drawn_tokens_a_pass"}
+    assert set(metrics) >= {"draft_all_greedy_speed_up", "ngram_lists_drawn_accepted",
+                            "ngram_lists_drawn_tokens_a_pass"}
     table = capsys.readouterr().out.split("---")[0]
     assert table.count("100%\n") >= 4, "greedy, all texts are the same"
